@@ -1,0 +1,219 @@
+"""Where encoders come from and go to: loaded by name, folder or instance, verified, adapted, saved.
+
+Comes in: an entry of `AltMoEConfig.encoders`, or whatever a user passes as an encoder. Goes out: a frozen module in
+evaluation mode whose weights are certain. Nothing here knows the connector.
+"""
+
+import contextlib
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils.hub import resolve_revision
+
+from .configuration_altmoe import AltMoEConfig
+from .encoding_altmoe import LatentProtocol, settings_identity, weights_identity
+
+SIZE_NAMES = ("hidden_size", "d_model", "hidden_dim", "dim", "embed_dim")
+
+
+def infer_latent_size(config) -> int:
+    """Width of an encoder's hidden states, read from its configuration.
+
+    Raises:
+        ValueError: if no usual field says so.
+    """
+    for name in SIZE_NAMES:
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    if getattr(config, "hidden_sizes", None):
+        return config.hidden_sizes[-1]
+    raise ValueError(
+        f"The latent size of a '{config.model_type}' encoder cannot be read from its configuration. "
+        "Pass latent_sizes={modality: width}."
+    )
+
+
+def describe_encoder(
+    encoder: nn.Module,
+    name_or_path: str | None,
+    revision: str | None,
+    protocol: dict[str, Any] | None = None,
+    processor=None,
+    lora=None,
+    latent_size: int | None = None,
+) -> dict[str, Any]:
+    """The entry of `AltMoEConfig.encoders` for one loaded encoder.
+
+    Args:
+        encoder: a `PreTrainedModel`.
+        name_or_path: Hub name or folder; None for an instance made in memory.
+        revision: the commit on the Hub; None for local weights, whose hash then is the identity.
+        protocol: fields of `LatentProtocol` that differ from the defaults (pooling, layers, prompt, normalize).
+        processor: its tokenizer, image processor or feature extractor, whose settings join the protocol.
+        lora: a peft `LoraConfig` or its dictionary.
+        latent_size: width, where the configuration does not tell.
+    """
+    fields = dict(protocol or {})
+    fields["encoder"] = str(name_or_path) if revision else weights_identity(encoder)
+    fields["revision"] = revision or ""
+    fields["dtype"] = str(encoder.dtype).removeprefix("torch.")
+    if processor is not None:
+        fields["preprocessing"] = settings_identity(processor)
+    entry = {
+        "name_or_path": None if name_or_path is None else str(name_or_path),
+        "revision": revision,
+        "config": encoder.config.to_dict(),
+        "latent_size": latent_size or infer_latent_size(encoder.config),
+        "protocol": LatentProtocol.from_dict(fields).to_dict(),
+    }
+    if lora is not None:
+        lora = lora if isinstance(lora, dict) else lora.to_dict()
+        entry["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items() if v is not None}
+    return entry
+
+
+def _report_random(encoder_name: str, info: dict, protocol: LatentProtocol) -> None:
+    """Raise if loading left weights at random values that the protocol uses."""
+    missing = [key for key in info["missing_keys"] if protocol.pooling == "pooler" or "pooler" not in key]
+    if missing or info.get("mismatched_keys"):
+        raise ValueError(
+            f"Encoder '{encoder_name}' lacks weights its configuration asks for ({', '.join(sorted(missing)[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}): they would be random. Use a complete checkpoint."
+        )
+
+
+def load_encoder(
+    source: str | os.PathLike,
+    protocol: dict | LatentProtocol | None = None,
+    *,
+    config=None,
+    subfolder: str = "",
+    revision: str | None = None,
+    what: str = "encoder",
+    **hub_kwargs,
+) -> tuple[nn.Module, str | None]:
+    """Load one encoder by Hub name or local folder; `(encoder, commit)`, the commit None for local weights.
+
+    Args:
+        source: Hub repository or local folder.
+        protocol: its `LatentProtocol` or fields of one (`dtype` and `pooling` matter here).
+        config: configuration object or dictionary that overrides the one found there.
+        subfolder: folder inside `source`.
+        revision: branch, tag or commit.
+        what: for error messages, e.g. "image encoder".
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `trust_remote_code`, ...
+
+    Raises:
+        OSError: if there is no such encoder, naming it and saying how to pass a local one.
+        ValueError: if weights would be left random.
+    """
+    fields = protocol.to_dict() if isinstance(protocol, LatentProtocol) else dict(protocol or {})
+    if isinstance(config, dict):
+        config = AutoConfig.for_model(**config)
+    try:
+        if not os.path.isdir(source):
+            resolved = resolve_revision(
+                source, revision, **{k: v for k, v in hub_kwargs.items() if k in ("token", "cache_dir")}
+            )
+            revision = getattr(resolved, "commit_hash", None) or resolved
+        encoder, info = AutoModel.from_pretrained(
+            source,
+            config=config,
+            subfolder=subfolder,
+            dtype=fields.get("dtype", "float32"),
+            output_loading_info=True,
+            **({"revision": revision} if revision else {}),
+            **hub_kwargs,
+        )
+    except OSError as error:
+        raise OSError(
+            f"The {what} '{source}'{f' at revision {revision}' if revision else ''} cannot be loaded: "
+            f"{str(error).splitlines()[0]} If it is gated, log in or pass token=...; if it has moved or you are "
+            "offline, pass a local folder or a loaded model instead: encoders={modality: folder_or_model}."
+        ) from error
+    pooling = LatentProtocol(pooling=fields.get("pooling", "mean"))
+    _report_random(str(source), info, pooling)
+    return freeze(encoder), (str(revision) if revision and not os.path.isdir(source) else None)
+
+
+def freeze(encoder: nn.Module) -> nn.Module:
+    """Evaluation mode, no gradients."""
+    return encoder.eval().requires_grad_(False)
+
+
+def attach_lora(encoder: nn.Module, lora: dict) -> None:
+    """Add trainable LoRA weights to a frozen encoder."""
+    from peft import LoraConfig  # not every user trains adapters
+
+    encoder.add_adapter(LoraConfig(**{k: v for k, v in lora.items() if k not in ("peft_type", "auto_mapping")}))
+
+
+def load_lora(encoder: nn.Module, repo: str, modality: str, is_trainable: bool = False, **hub_kwargs) -> None:
+    """Load `adapter_<modality>/` of a checkpoint into an encoder (replacing weights of the same name)."""
+    if getattr(encoder, "_hf_peft_config_loaded", False):
+        encoder.delete_adapter("default")
+    if os.path.isdir(repo):
+        encoder.load_adapter(str(Path(repo) / f"adapter_{modality}"), is_trainable=is_trainable)
+    else:
+        folder = {"subfolder": f"adapter_{modality}", **hub_kwargs}
+        encoder.load_adapter(str(repo), adapter_kwargs=folder, is_trainable=is_trainable)
+
+
+@contextlib.contextmanager
+def adapters_off(encoder: nn.Module):
+    """Targets are the *base* encoder's latents: with LoRA in place, switch it off to make one."""
+    if not getattr(encoder, "_hf_peft_config_loaded", False):
+        yield
+        return
+    encoder.disable_adapters()
+    try:
+        yield
+    finally:
+        encoder.enable_adapters()
+
+
+def verify_encoder(encoder: nn.Module, entry: dict[str, Any], modality: str) -> None:
+    """Check that an encoder is the one the connector was trained on.
+
+    Raises:
+        ValueError: if the architecture or, for encoders known by the hash of their weights, the weights differ.
+    """
+    wanted = (entry.get("config") or {}).get("model_type")
+    if wanted and encoder.config.model_type != wanted:
+        raise ValueError(
+            f"The {modality} encoder should be a '{wanted}' model, got '{encoder.config.model_type}'. "
+            f"The connector was trained on '{entry.get('name_or_path')}'."
+        )
+    identity = (entry.get("protocol") or {}).get("encoder", "")
+    if identity.startswith("weights:") and weights_identity(encoder) != identity:
+        raise ValueError(
+            f"The {modality} encoder's weights are not those the connector was trained on ('"
+            f"{entry.get('name_or_path')}', {identity}). Pass the original encoder: encoders={{'{modality}': folder}}."
+        )
+
+
+def base_encoder(encoder: nn.Module) -> nn.Module:
+    """The encoder without LoRA: itself, or a copy of its base weights."""
+    if not getattr(encoder, "_hf_peft_config_loaded", False):
+        return encoder
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in encoder.state_dict().items()
+        if ".lora_" not in name
+    }
+    plain = AutoModel.from_config(copy.deepcopy(encoder.config)).to(encoder.dtype)
+    plain.load_state_dict(state)
+    return plain
+
+
+def save_encoder_parts(encoders: nn.ModuleDict, config: AltMoEConfig, folder: str, self_contained: bool) -> None:
+    """Write `adapter_<modality>/` where LoRA was used and, if asked, `encoder_<modality>/` with all weights."""
+    for modality, encoder in encoders.items():
+        if getattr(encoder, "_hf_peft_config_loaded", False):
+            encoder.save_pretrained(os.path.join(folder, f"adapter_{modality}"))
+        if self_contained:
+            base_encoder(encoder).save_pretrained(os.path.join(folder, f"encoder_{modality}"))

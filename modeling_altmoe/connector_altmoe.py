@@ -1,0 +1,260 @@
+"""The multi-directional mixture-of-experts connector: latents in, predicted latents out. It knows no encoder.
+
+Axes: b = batch, d_m = latent size of modality m, h = hidden size, e = experts, k = experts an item sees, l = gates.
+
+    latent (b, d_m) --Frame--> centred unit latent --project--> (b, h) --l gates, top-k of e experts--> (b, l, h)
+        --residual, norm, head of the target--> two predictions (b, d_target)  [+ closed form of the source]
+
+Predictions live in the frame of the target: its own latent space, centred and scaled by two stored numbers, which
+`Frame.inverse` undoes exactly. The target's latents are never transformed by anything that is learned, so whatever
+has been stored stays valid however often the connector is retrained.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .configuration_altmoe import AltMoEConfig
+
+CONTRASTIVE, REGRESSION = 0, 1
+
+
+@dataclass
+class DirectionOutput:
+    """What the connector says about one batch in one direction.
+
+    Args:
+        contrastive: `(b, d_target)`, in the target's frame; its cosine with a target latent is the score.
+        regression: `(b, d_target)`, in the target's frame; the estimate of the target latent itself.
+        router_logits: `(b, l, e)`; -inf where an expert is out of reach.
+        router_indices: `(b, l, k)`, the chosen experts.
+        router_weights: `(b, l, k)`, their weights, which sum to one.
+    """
+
+    contrastive: torch.Tensor
+    regression: torch.Tensor
+    router_logits: torch.Tensor
+    router_indices: torch.Tensor
+    router_weights: torch.Tensor
+
+
+class Frame(nn.Module):
+    """The centred and scaled view of one modality's latents: `(x - mean) / scale`, measured once on training latents.
+
+    `scale` is one number (the root mean squared distance from the mean), so angles are kept and the inverse is exact.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, latents: torch.Tensor) -> None:
+        """Measure mean and scale on training latents `(n, size)`."""
+        mean = latents.double().mean(0)
+        scale = (latents.double() - mean).square().sum(-1).mean().sqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(scale.clamp_min(1e-12))
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents.to(self.mean.dtype) - self.mean) / self.scale
+
+    def inverse(self, framed: torch.Tensor) -> torch.Tensor:
+        """Back to the encoder's own latent space."""
+        return framed * self.scale + self.mean
+
+    def unit(self, latents: torch.Tensor) -> torch.Tensor:
+        """Centred latents of length one: what cosines compare."""
+        return F.normalize(self(latents), dim=-1)
+
+
+class ClosedFormBase(nn.Module):
+    """A closed-form map from a source to a target, under the experts: ridge or kernel ridge regression.
+
+    Ridge: features are the source itself, `(b, d_source)`. Kernel: `exp(gamma (cos(u, landmark) - 1))`, `(b, n)`,
+    which on unit vectors is the Gaussian kernel (with all training items as landmarks: exact kernel ridge
+    regression; with a subset: Nystroem). Both: `features @ weight + bias`. Fitted by the trainer, never by gradient.
+    """
+
+    def __init__(self, kind: str, source_size: int, target_size: int, num_features: int):
+        super().__init__()
+        self.kind = kind
+        if kind == "kernel":
+            self.register_buffer("landmarks", torch.zeros(num_features, source_size))
+            self.register_buffer("gamma", torch.ones(()))
+        self.register_buffer("weight", torch.zeros(num_features, target_size))
+        self.register_buffer("bias", torch.zeros(target_size))
+
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        features = source
+        if self.kind == "kernel":
+            features = torch.exp(self.gamma * (source @ self.landmarks.T - 1))
+        return features @ self.weight + self.bias
+
+
+@use_experts_implementation
+class AltMoEExperts(nn.Module):
+    """N gated-linear-unit experts as three-dimensional weights: `act(gate x) * (up x)`, then `down`.
+
+    The decorator brings transformers' implementations (`grouped_mm` by default, `batched_mm`); the loop below is
+    `"eager"`, the reference they are tested against.
+    """
+
+    def __init__(self, config: AltMoEConfig, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`(rows, h)`, `(rows, k)`, `(rows, k)` -> `(rows, h)`."""
+        result = torch.zeros_like(hidden_states)
+        # unbind, not indexing: the backward of W[e] fills a zero tensor of the whole stack for every expert
+        stacks = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
+        for expert, (gate_up, down) in enumerate(stacks):
+            rows, slots = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[rows], gate_up).chunk(2, dim=-1)
+            update = F.linear(self.act_fn(gate) * up, down) * top_k_weights[rows, slots, None]
+            result = result.index_add(0, rows, update.to(result.dtype))
+        return result
+
+
+class AltMoERouter(nn.Module):
+    """L gates over the item and the direction: `softmax(g . [x (+) source (+) target])`, top-K, renormalised.
+
+    REFERENCE: gate = softmax(g . [e_x (+) e_m]), g shared across modalities. The target's embedding joins the
+    source's, because one connector serves every direction.
+    """
+
+    def __init__(self, config: AltMoEConfig):
+        super().__init__()
+        self.num_gates, self.top_k = config.num_gates, config.top_k
+        self.modalities = config.modalities
+        pools = len(self.modalities) if config.expert_pool == "per_modality" else 1
+        self.per_modality, self.pool_size = pools > 1, config.num_experts
+        self.num_experts = config.num_experts * pools
+        self.weight = nn.Parameter(torch.empty(self.num_gates, self.num_experts, 3 * config.hidden_size))
+        self.source_embedding = nn.Parameter(torch.empty(len(self.modalities), config.hidden_size))
+        self.target_embedding = nn.Parameter(torch.empty(len(self.modalities), config.hidden_size))
+
+    def forward(self, hidden: torch.Tensor, sources: tuple[str, ...], target: str):
+        """`(b, h)` -> logits `(b, l, e)`, indices `(b, l, k)`, weights `(b, l, k)`."""
+        positions = [self.modalities.index(source) for source in sources]
+        source = self.source_embedding[positions].mean(0)
+        told = torch.cat([source, self.target_embedding[self.modalities.index(target)]])
+        seen = torch.cat([hidden, told.expand(len(hidden), -1)], dim=-1)  # (b, 3h)
+        logits = torch.einsum("bf,lef->ble", seen, self.weight)
+        if self.per_modality:
+            reachable = torch.zeros(self.num_experts, dtype=torch.bool, device=logits.device)
+            for position in positions:
+                reachable[position * self.pool_size : (position + 1) * self.pool_size] = True
+            logits = logits.masked_fill(~reachable, float("-inf"))
+        top, indices = logits.float().topk(self.top_k, dim=-1)
+        return logits, indices, top.softmax(-1).to(hidden.dtype)  # softmax over the chosen = renormalised softmax
+
+
+class AltMoEConnector(nn.Module):
+    """All directions' shared connector; see the module's docstring for the way of the data."""
+
+    def __init__(self, config: AltMoEConfig):
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.frames = nn.ModuleDict({m: Frame(config.latent_size(m)) for m in config.modalities})
+        resolved = {direction: config.resolve(direction) for direction in config.directions}
+        sources = [m for m in config.modalities if any(m in s for s, _ in resolved.values())]
+        targets = [m for m in config.modalities if any(m == t for _, t in resolved.values())]
+        self.project = nn.ModuleDict({m: nn.Linear(config.latent_size(m), hidden) for m in sources})
+        self.router = AltMoERouter(config)
+        self.experts = AltMoEExperts(config, self.router.num_experts)
+        self.norm = nn.LayerNorm(hidden)
+        self.dropout = nn.Dropout(config.dropout)
+        # one head for each term and target; (target, term) -> (h, d_target)
+        self.heads = nn.ModuleDict(
+            {m: nn.ModuleList(nn.Linear(hidden, config.latent_size(m)) for _ in range(2)) for m in targets}
+        )
+        # how far the experts' correction is trusted, set on validation after training; 1 = as trained
+        self.register_buffer("trust", torch.ones(max(1, len(config.directions))))
+        self.base = nn.ModuleDict()
+        for direction, features in config.base_features.items():
+            self._add_base(direction, features)
+
+    def _add_base(self, direction: str, num_features: int) -> ClosedFormBase:
+        sources, target = self.config.resolve(direction)
+        source_size = sum(self.config.latent_size(m) for m in sources)
+        base = ClosedFormBase(self.config.base, source_size, self.config.latent_size(target), num_features)
+        self.base[direction] = base
+        return base
+
+    @torch.no_grad()
+    def set_base(self, direction: str, weight, bias, landmarks=None, gamma=None) -> None:
+        """Install a fitted closed form for one direction (and note its size in the configuration).
+
+        Args:
+            direction: a direction of the model.
+            weight: `(features, d_target)`.
+            bias: `(d_target,)`.
+            landmarks: `(features, d_source)`, kernel only.
+            gamma: kernel width, kernel only.
+        """
+        device = self.router.weight.device
+        base = self._add_base(direction, len(weight)).to(device)
+        base.weight.copy_(weight)
+        base.bias.copy_(bias)
+        if base.kind == "kernel":
+            base.landmarks.copy_(landmarks)
+            base.gamma.fill_(float(gamma))
+        self.config.base_features[direction] = len(weight)
+
+    def source(self, latents: dict[str, torch.Tensor], direction: str) -> torch.Tensor:
+        """Centred unit latents of a direction's sources, side by side, of total length one: `(b, sum of d_source)`."""
+        sources, _ = self.config.resolve(direction)
+        parts = [self.frames[m].unit(latents[m]) for m in sources]
+        return torch.cat(parts, dim=-1) / len(parts) ** 0.5
+
+    def forward(
+        self, latents: dict[str, torch.Tensor], direction: str, base_prediction: torch.Tensor | None = None
+    ) -> DirectionOutput:
+        """Predict the target from the sources.
+
+        Args:
+            latents: `{modality: (b, d_m)}` for each source of the direction.
+            direction: e.g. `"image->text"`.
+            base_prediction: `(b, d_target)`, replaces the closed form's own prediction. In training these are its
+                predictions for items it was *not* fitted on, so that the experts learn to mend its honest errors.
+        """
+        sources, target = self.config.resolve(direction)
+        hidden = 0
+        for modality in sources:
+            unit = self.frames[modality].unit(latents[modality])
+            seen = F.layer_norm(unit, unit.shape[-1:])  # unit variance per component
+            if self.training and self.config.latent_noise:
+                seen = seen + self.config.latent_noise * torch.randn_like(seen)
+            hidden = hidden + self.project[modality](seen.to(self.router.weight.dtype))
+        hidden = hidden / len(sources) ** 0.5  # (b, h)
+
+        logits, indices, weights = self.router(hidden, sources, target)
+        batch, gates, top_k = indices.shape
+        rows = hidden.unsqueeze(1).expand(-1, gates, -1).reshape(batch * gates, -1)  # every gate has its own row
+        mixed = self.experts(rows, indices.reshape(-1, top_k), weights.reshape(-1, top_k))
+        mixed = self.norm(rows + self.dropout(mixed)).view(batch, gates, -1)  # (b, l, h)
+
+        trust = self.trust[self.config.directions.index(direction)]
+        # under a base, heads start at zero and their output is scaled to the base's size, so that a step of Adam
+        # moves a unit prediction by a part of its length, whatever the width of the target
+        scale = trust if self.config.base == "none" else trust * self.config.head_scale / self.config.latent_size(target) ** 0.5
+        predictions = [head(mixed[:, term % gates]) * scale for term, head in enumerate(self.heads[target])]
+        if base_prediction is None and direction in self.base:
+            base_prediction = self.base[direction](self.source(latents, direction))
+        if base_prediction is not None:
+            predictions = [base_prediction + prediction for prediction in predictions]
+        return DirectionOutput(predictions[CONTRASTIVE], predictions[REGRESSION], logits, indices, weights)

@@ -1,0 +1,174 @@
+"""One frozen encoder and what its latents are: raw tensors in, one pooled vector an item out.
+
+Comes in: an encoder (any `AutoModel`), its input tensors, and a `LatentProtocol`. Goes out: latents `(batch, size)`.
+The protocol belongs to the identity of a latent: its fingerprint travels with every stored vector. Nothing here
+knows the connector.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+POOLINGS = ("mean", "cls", "last_token", "pooler")
+
+
+@dataclass(frozen=True)
+class LatentProtocol:
+    """How an item becomes a vector. Two latents can be compared only if every field agrees.
+
+    Args:
+        encoder: the encoder's identity: a Hub repository, or `weights:<sha256>` of a local encoder's weights.
+        revision: the repository's commit, or `""` for local weights.
+        dtype: in which number format the encoder ran.
+        layers: which hidden states are averaged (`(-1,)` the last; the paper averages the last two, `(-2, -1)`).
+        pooling: over tokens: `"mean"` (ignores padding), `"cls"`, `"last_token"` or `"pooler"` (the encoder's own).
+        prompt: text put before every item (the encoder's native protocol matters by tens of points).
+        normalize: divide each latent by its L2 norm.
+        adapter: hash of the LoRA weights in use, or `""`.
+        preprocessing: hash of the processor's settings, or `""` if unknown.
+    """
+
+    encoder: str = ""
+    revision: str = ""
+    dtype: str = "float32"
+    layers: tuple[int, ...] = (-1,)
+    pooling: str = "mean"
+    prompt: str = ""
+    normalize: bool = True
+    adapter: str = ""
+    preprocessing: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"Unknown pooling '{self.pooling}'. Known: {', '.join(POOLINGS)}.")
+        if not self.layers:
+            raise ValueError("A protocol needs at least one layer, e.g. layers=(-1,).")
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "LatentProtocol":
+        """Read the dictionary written by `to_dict`; unknown fields are errors, since they change what a latent is."""
+        unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"Unknown protocol fields {sorted(unknown)}: written by a newer version of altmoe?")
+        return cls(**fields)
+
+    def to_dict(self) -> dict:
+        """A JSON-ready dictionary."""
+        return {**dataclasses.asdict(self), "layers": list(self.layers)}
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of all fields."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def check_same(self, other: "LatentProtocol", what: str) -> None:
+        """Raise if `other` differs, naming the fields.
+
+        Raises:
+            ValueError: naming each field that differs, with both values.
+        """
+        mine, theirs = self.to_dict(), other.to_dict()
+        differing = [name for name in mine if mine[name] != theirs[name]]
+        if differing:
+            details = "; ".join(f"{name}: expected {mine[name]!r}, got {theirs[name]!r}" for name in differing)
+            raise ValueError(
+                f"{what} were made under another protocol ({details}). Latents of different protocols cannot be "
+                "compared: encode again with the expected one, or use a model trained on these."
+            )
+
+
+def weights_identity(module: nn.Module) -> str:
+    """`weights:<sha256>` over names, shapes and bytes of a module's state: the identity of a local encoder."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return f"weights:{digest.hexdigest()[:32]}"
+
+
+def settings_identity(processor) -> str:
+    """Hash of a tokenizer's, image processor's or feature extractor's settings: part of the protocol.
+
+    Paths, class aliases and library versions do not count; what changes the tensors does.
+    """
+    if hasattr(processor, "backend_tokenizer"):
+        fields = {
+            "tokenizer": json.loads(processor.backend_tokenizer.to_str()),
+            "max_length": int(min(processor.model_max_length, 1_000_000)),
+            "padding_side": processor.padding_side,
+        }
+        # padding and truncation are set by each call
+        fields["tokenizer"].pop("padding", None)
+        fields["tokenizer"].pop("truncation", None)
+    elif hasattr(processor, "to_dict"):
+        ignored = ("processor_class", "auto_map", "name_or_path", "transformers_version")
+        fields = {key: value for key, value in processor.to_dict().items() if key not in ignored}
+    else:
+        fields = {"class": type(processor).__name__}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _tokens(hidden: torch.Tensor) -> torch.Tensor:
+    """Convolutional maps `(batch, channels, height, width)` become tokens `(batch, height * width, channels)`."""
+    return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+
+def pool(outputs, attention_mask: torch.Tensor | None, protocol: LatentProtocol) -> torch.Tensor:
+    """Pool an encoder's output into one vector an item.
+
+    Args:
+        outputs: the encoder's output, with `pooler_output`, `last_hidden_state` or `hidden_states` as needed.
+        attention_mask: `(batch, tokens)`, 1 for real tokens; None if every token counts.
+        protocol: layers, pooling and normalisation.
+
+    Returns:
+        Latents `(batch, size)`.
+
+    Raises:
+        ValueError: if the encoder does not give what the pooling needs.
+    """
+    if protocol.pooling == "pooler":
+        pooled = getattr(outputs, "pooler_output", None)
+        if pooled is None:
+            raise ValueError("pooling='pooler', but this encoder has no pooler_output. Use 'mean' or 'cls'.")
+        latent = pooled.flatten(1)  # (batch, size, 1, 1) of convolutional encoders -> (batch, size)
+    else:
+        if protocol.layers == (-1,):
+            tokens = _tokens(outputs.last_hidden_state)
+        else:
+            states = outputs.hidden_states
+            if any(not -len(states) <= layer < len(states) for layer in protocol.layers):
+                raise ValueError(f"layers={protocol.layers}, but this encoder has {len(states)} hidden states.")
+            tokens = torch.stack([_tokens(states[layer]) for layer in protocol.layers]).mean(0)
+        # tokens: (batch, tokens, size)
+        if attention_mask is not None and attention_mask.shape[-1] != tokens.shape[1]:
+            attention_mask = None  # the mask counts input samples (audio), not tokens
+        if protocol.pooling == "cls":
+            latent = tokens[:, 0]
+        elif attention_mask is None:
+            latent = tokens[:, -1] if protocol.pooling == "last_token" else tokens.mean(1)
+        elif protocol.pooling == "last_token":
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            last = (attention_mask.to(positions.dtype) * positions).argmax(-1)  # right for left padding, too
+            latent = tokens[torch.arange(len(tokens), device=tokens.device), last]
+        else:
+            mask = attention_mask.to(tokens.dtype).unsqueeze(-1)
+            latent = (tokens * mask).sum(1) / mask.sum(1).clamp_min(1)
+    return nn.functional.normalize(latent.float(), dim=-1) if protocol.normalize else latent.float()
+
+
+def encode_latents(encoder: nn.Module, inputs: dict, protocol: LatentProtocol) -> torch.Tensor:
+    """Run one encoder and pool: input tensors -> latents `(batch, size)`, float32.
+
+    Encoder-decoder models (T5, Whisper) use their encoder alone.
+    """
+    body = encoder.get_encoder() if getattr(encoder.config, "is_encoder_decoder", False) else encoder
+    needs_states = protocol.pooling != "pooler" and protocol.layers != (-1,)
+    outputs = body(**inputs, output_hidden_states=True) if needs_states else body(**inputs)
+    return pool(outputs, inputs.get("attention_mask"), protocol)

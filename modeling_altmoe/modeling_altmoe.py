@@ -1,0 +1,569 @@
+"""AltMoEModel = frozen encoders + the connector, as one transformers model.
+
+Comes in: raw tensors (`pixel_values`, `input_ids`, ...) or latents. Goes out: latents, predicted latents, scores and
+the loss. A checkpoint holds the connector, its statistics and LoRA weights; encoders stay where they are, by name and
+pinned revision, unless `save_pretrained(..., self_contained=True)`.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .attaching_altmoe import (
+    adapters_off,
+    attach_lora,
+    describe_encoder,
+    freeze,
+    load_encoder,
+    load_lora,
+    save_encoder_parts,
+    verify_encoder,
+)
+from .configuration_altmoe import AltMoEConfig, unknown_name_message
+from .connector_altmoe import AltMoEConnector, AltMoEExperts, AltMoERouter, ClosedFormBase, DirectionOutput, Frame
+from .encoding_altmoe import LatentProtocol, encode_latents
+from .loss_altmoe import (
+    conditional_entropy,
+    contrastive_loss,
+    information_bound,
+    load_balance_loss,
+    regression_loss,
+    router_z_loss,
+)
+
+HUB_KEYWORDS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
+# tensors that accompany another tensor of the same modality
+COMPANIONS = {"attention_mask": "input_ids", "token_type_ids": "input_ids", "position_ids": "input_ids"}
+
+
+@dataclass
+class AltMoEOutput(ModelOutput):
+    """
+    Output of [`AltMoEModel`].
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): mean over the directions that were computed.
+        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`, *optional*):
+            Where the model has an `image` and a `text` modality and both are given: cosine / temperature, averaged
+            over the directions between them.
+        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`, *optional*): the transpose.
+        latents (`dict[str, torch.FloatTensor]`): `{modality: (batch, latent_size)}`.
+        directions (`dict[str, DirectionOutput]`): both predictions and the router's outputs for each direction.
+        loss_terms (`dict[str, torch.FloatTensor]`):
+            Detached scalars by name: `regression`, `contrastive`, `load_balance`, `router_z`, and the readings
+            `information_bound` (InfoNCE bound on I(x;y), nats) and `conditional_entropy` (Gaussian H(y|x), nats a
+            dimension). With several directions, their means.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    latents: dict[str, torch.FloatTensor] | None = None
+    directions: dict[str, DirectionOutput] | None = None
+    loss_terms: dict[str, torch.FloatTensor] | None = None
+
+
+class AltMoEPreTrainedModel(PreTrainedModel):
+    """Weights' initialisation and what transformers wants to know of the class."""
+
+    config_class = AltMoEConfig
+    base_model_prefix = ""
+    _no_split_modules = ["AltMoEExperts"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the decorator in this file only; the experts live in connector_altmoe.py
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, AltMoEExperts):
+            init.normal_(module.gate_up_proj, std=module.gate_up_proj.shape[-1] ** -0.5)
+            init.normal_(module.down_proj, std=module.down_proj.shape[-1] ** -0.5)
+        elif isinstance(module, AltMoERouter):
+            for parameter in (module.weight, module.source_embedding, module.target_embedding):
+                init.normal_(parameter, std=std)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (Frame, ClosedFormBase)):
+            for name, buffer in module.named_buffers(recurse=False):
+                (init.ones_ if name in ("scale", "gamma") else init.zeros_)(buffer)
+        elif isinstance(module, AltMoEConnector):
+            init.ones_(module.trust)
+            if self.config.base != "none":
+                for heads in module.heads.values():
+                    for head in heads:
+                        init.zeros_(head.weight)
+        elif isinstance(module, AltMoEModel):
+            init.constant_(module.logit_scale, -float(torch.tensor(self.config.temperature).log()))
+            init.constant_(module.logit_bias, self.config.sigmoid_bias)
+
+
+class AltMoEModel(AltMoEPreTrainedModel):
+    """
+    Frozen single-modality encoders joined by one mixture-of-experts connector, trained one direction at a time.
+
+    Example:
+
+    ```python
+    model = AltMoEModel.from_encoders(
+        {"image": "facebook/dinov2-large", "text": "sentence-transformers/all-MiniLM-L6-v2"},
+        protocols={"image": {"pooling": "cls"}, "text": {"pooling": "mean"}},
+    )
+    prediction = model.predict({"image": image_latents}, "image->text")   # (batch, text latent size)
+    ```
+    """
+
+    def __init__(self, config: AltMoEConfig):
+        super().__init__(config)
+        self.connector = AltMoEConnector(config)
+        count = max(1, len(config.directions))
+        learn = config.learn_temperature
+        self.logit_scale = nn.Parameter(torch.zeros(count), requires_grad=learn)  # log(1 / temperature)
+        self.logit_bias = nn.Parameter(torch.zeros(count), requires_grad=config.contrastive == "sigmoid")
+        self.encoders = nn.ModuleDict()
+        self.post_init()
+
+    # ---------------------------------------------------------------- encoders
+
+    @classmethod
+    def from_encoders(
+        cls,
+        encoders: dict[str, str | os.PathLike | PreTrainedModel],
+        directions: list[str] | None = None,
+        *,
+        protocols: dict[str, dict] | None = None,
+        processors: dict[str, Any] | None = None,
+        revisions: dict[str, str] | None = None,
+        lora: dict[str, Any] | None = None,
+        latent_sizes: dict[str, int] | None = None,
+        hub_kwargs: dict[str, Any] | None = None,
+        **config_kwargs,
+    ) -> "AltMoEModel":
+        """Join encoders with a new connector.
+
+        Args:
+            encoders: `{modality: Hub name, local folder or loaded model}`.
+            directions: e.g. `["image->text", "text->image"]`; None means every ordered pair.
+            protocols: how latents are made, where it differs from `LatentProtocol`'s defaults:
+                `{modality: {"pooling": ..., "layers": ..., "prompt": ..., "normalize": ...}}`.
+            processors: tokenizers, image processors, ...; their settings join the protocol.
+            revisions: branch, tag or commit for each Hub name; the commit found is pinned.
+            lora: `{modality: peft.LoraConfig}` for encoders that are adapted.
+            latent_sizes: widths that an encoder's configuration does not tell.
+            hub_kwargs: `token`, `cache_dir`, ... for the Hub.
+            config_kwargs: fields of [`AltMoEConfig`].
+
+        Raises:
+            ValueError: unknown modality, direction, pooling or an encoder with missing weights.
+            OSError: an encoder that does not exist.
+        """
+        named = {"protocols": protocols, "processors": processors, "revisions": revisions, "lora": lora}
+        for argument, given in {**named, "latent_sizes": latent_sizes}.items():
+            for modality in given or {}:
+                if modality not in encoders:
+                    raise ValueError(f"{argument}: {unknown_name_message('modality', modality, encoders)}")
+        if directions is None:
+            directions = [f"{source}->{target}" for source in encoders for target in encoders if source != target]
+        # a mistyped direction or size must not wait for gigabytes of weights
+        placeholders = {modality: {"latent_size": 1} for modality in encoders}
+        AltMoEConfig(encoders=placeholders, directions=directions, **config_kwargs)
+        modules, entries = {}, {}
+        for modality, encoder in encoders.items():
+            protocol = (protocols or {}).get(modality)
+            LatentProtocol.from_dict(dict(protocol or {}))
+            name, commit = None, None
+            if not isinstance(encoder, nn.Module):
+                name, revision = encoder, (revisions or {}).get(modality)
+                encoder, commit = load_encoder(
+                    name, protocol, revision=revision, what=f"{modality} encoder", **(hub_kwargs or {})
+                )
+            modules[modality] = freeze(encoder)
+            entries[modality] = describe_encoder(
+                encoder,
+                name,
+                commit,
+                protocol,
+                (processors or {}).get(modality),
+                (lora or {}).get(modality),
+                (latent_sizes or {}).get(modality),
+            )
+        model = cls(AltMoEConfig(encoders=entries, directions=directions, **config_kwargs))
+        for modality, encoder in modules.items():
+            model.attach_encoder(modality, encoder, verify=False)
+            if entries[modality].get("lora"):
+                attach_lora(encoder, entries[modality]["lora"])
+        return model
+
+    def attach_encoder(self, modality: str, encoder: PreTrainedModel, verify: bool = True) -> None:
+        """Put a loaded encoder in place, frozen and in evaluation mode.
+
+        Raises:
+            ValueError: if the modality is unknown, or (with `verify`) it is not the encoder the connector was trained on.
+        """
+        self.config.latent_size(modality)
+        if verify:
+            verify_encoder(encoder, self.config.encoders[modality], modality)
+        self.encoders[modality] = freeze(encoder).to(self.device)
+
+    def protocol(self, modality: str) -> LatentProtocol:
+        """How this model's latents of a modality are made."""
+        self.config.latent_size(modality)
+        return LatentProtocol.from_dict(self.config.encoders[modality].get("protocol") or {})
+
+    def train(self, mode: bool = True):
+        """Train the connector; frozen encoders stay in evaluation mode."""
+        super().train(mode)
+        self.encoders.eval()
+        return self
+
+    # ---------------------------------------------------------------- latents and predictions
+
+    def encode(self, modality: str, inputs: dict[str, torch.Tensor], adapted: bool = False) -> torch.Tensor:
+        """Raw tensors of one modality -> latents `(batch, latent_size)`.
+
+        Args:
+            modality: e.g. `"image"`.
+            inputs: what its processor gives, e.g. `{"pixel_values": ...}`.
+            adapted: use LoRA weights (sources of a direction do; targets and stored latents never do).
+
+        Raises:
+            ValueError: if the modality is unknown, its encoder is not attached, or the width is not the expected one.
+        """
+        size = self.config.latent_size(modality)
+        if modality not in self.encoders:
+            raise ValueError(
+                f"No {modality} encoder is attached. Load with load_encoders=True, or call "
+                f"model.attach_encoder('{modality}', AutoModel.from_pretrained(...))."
+            )
+        encoder = self.encoders[modality]
+        learns = adapted and self.training and any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            if adapted:
+                latents = encode_latents(encoder, inputs, self.protocol(modality))
+            else:
+                with adapters_off(encoder):
+                    latents = encode_latents(encoder, inputs, self.protocol(modality))
+        if latents.shape[-1] != size:
+            raise ValueError(
+                f"The {modality} encoder gives latents of width {latents.shape[-1]}, the model expects {size}. "
+                "Pass latent_sizes={modality: width} to from_encoders."
+            )
+        return latents
+
+    def predict(self, latents: dict[str, torch.Tensor] | torch.Tensor, direction: str, term: str = "regression"):
+        """Predict target latents, in the target encoder's own latent space.
+
+        Args:
+            latents: `{modality: (batch, latent_size)}`, or the tensor alone for a direction with one source.
+            direction: e.g. `"image->text"`.
+            term: `"regression"` (the estimate of the latent) or `"contrastive"` (whose centred cosine is the score).
+
+        Returns:
+            `(batch, latent_size of the target)`.
+
+        Raises:
+            ValueError: unknown direction or modality, wrong width, or NaN in the latents.
+        """
+        output, target = self._run(latents, direction)
+        return self.connector.frames[target].inverse(getattr(output, term))
+
+    def queries(self, direction: str, latents: dict[str, torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        """Unit query vectors `(batch, latent_size of the target)`: their dot product with `gallery` is the score."""
+        output, _ = self._run(latents, direction)
+        # with alpha = 1 the contrastive prediction has never been trained
+        return F.normalize(output.contrastive if self.config.alpha < 1 else output.regression, dim=-1)
+
+    def gallery(self, direction: str, latents: torch.Tensor) -> torch.Tensor:
+        """Stored target latents `(n, latent_size)` -> centred unit vectors, ready to be searched."""
+        _, target = self.config.resolve(direction)
+        self._check_latents(target, latents)
+        return self.connector.frames[target].unit(latents)
+
+    @property
+    def directions(self) -> list[str]:
+        """The directions this connector was built for."""
+        return self.config.directions
+
+    def _check_latents(self, modality: str, latents: torch.Tensor) -> None:
+        size = self.config.latent_size(modality)
+        if latents.dim() != 2 or latents.shape[-1] != size:
+            raise ValueError(
+                f"{modality} latents have shape {tuple(latents.shape)}, expected (batch, {size}). "
+                "Are they from another encoder?"
+            )
+        if not torch.isfinite(latents).all():
+            bad = (~torch.isfinite(latents).all(-1)).nonzero().flatten().tolist()
+            raise ValueError(f"{modality} latents contain NaN or infinity in {len(bad)} rows, first: {bad[:5]}.")
+
+    def _run(self, latents, direction: str) -> tuple[DirectionOutput, str]:
+        sources, target = self.config.resolve(direction)
+        if isinstance(latents, torch.Tensor):
+            latents = {sources[0]: latents}
+        for modality in sources:
+            if modality not in latents:
+                raise ValueError(f"Direction '{direction}' needs latents of '{modality}', got {sorted(latents)}.")
+            self._check_latents(modality, latents[modality])
+        return self.connector(latents, direction), target
+
+    def _by_modality(self, inputs: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Sort raw tensors by modality: `"audio__input_values"` says so itself; plain names go to the first encoder
+        whose main input they are or accompany (`attention_mask` goes with `input_ids`)."""
+        sorted_inputs: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in inputs.items():
+            modality, marked, plain = name.partition("__")
+            if not marked:
+                plain, main = name, COMPANIONS.get(name, name)
+                takers = [m for m, encoder in self.encoders.items() if encoder.main_input_name == main]
+                if not takers:
+                    raise ValueError(
+                        f"No attached encoder takes '{name}'. Attached: {', '.join(self.encoders) or 'none'}. "
+                        "Inputs are named as the processor names them, or '<modality>__<input>'."
+                    )
+                modality = takers[0]
+            self.config.latent_size(modality)
+            sorted_inputs.setdefault(modality, {})[plain] = tensor
+        return sorted_inputs
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        latents: dict[str, torch.Tensor] | None = None,
+        direction: str | None = None,
+        positives: torch.Tensor | None = None,
+        candidates: torch.Tensor | None = None,
+        base_prediction: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        return_dict: bool | None = None,
+        **inputs,
+    ) -> AltMoEOutput:
+        """
+        Args:
+            latents: `{modality: (batch, latent_size)}`; modalities not given here are encoded from `inputs`.
+            direction: compute only this one (a step of alternating training); None: all that the inputs allow.
+            positives: `(batch, candidates)` boolean, which candidates match which row; default: the diagonal.
+            candidates: `(candidates, latent_size)` target latents that the contrastive term ranks; default: the
+                batch's own targets. Only with `direction`.
+            base_prediction: replaces the closed form's prediction (see the connector). Only with `direction`.
+            return_loss: compute the loss; default: whenever rows of sources and target are paired (training, or a
+                `direction` was asked for).
+            inputs: raw tensors as the processor names them.
+
+        Returns:
+            [`AltMoEOutput`] (a tuple with `return_dict=False`).
+
+        Raises:
+            ValueError: unknown direction, missing modality, wrong width, NaN, or sizes that do not match.
+        """
+        targets = dict(latents or {})
+        sources = dict(latents or {})
+        for modality, tensors in self._by_modality(inputs).items():
+            targets[modality] = self.encode(modality, tensors)
+            lora = getattr(self.encoders[modality], "_hf_peft_config_loaded", False)
+            sources[modality] = self.encode(modality, tensors, adapted=True) if lora else targets[modality]
+        for modality, tensor in targets.items():
+            self._check_latents(modality, tensor)
+
+        if direction is not None:
+            self.config.resolve(direction)
+            wanted = [direction]
+        else:
+            wanted = [d for d in self.config.directions if set(self.config.resolve(d)[0]) <= set(sources)]
+        if return_loss is None:
+            return_loss = self.training or direction is not None
+        directions, losses, terms = {}, [], {}
+        for name in wanted:
+            from_modalities, target = self.config.resolve(name)
+            missing = [m for m in from_modalities if m not in sources]
+            if missing:
+                raise ValueError(f"Direction '{name}' needs {missing}, got {sorted(sources) or 'nothing'}.")
+            output = self.connector(sources, name, base_prediction if direction is not None else None)
+            directions[name] = output
+            if return_loss and target in targets:
+                loss, named = self._loss(name, output, targets[target], positives, candidates)
+                losses.append(loss)
+                for term, value in named.items():
+                    terms.setdefault(term, []).append(value)
+
+        per_image = self._logits_per_image(directions, targets)
+        result = AltMoEOutput(
+            loss=torch.stack(losses).mean() if losses else None,
+            logits_per_image=per_image,
+            logits_per_text=None if per_image is None else per_image.T,
+            latents=targets,
+            directions=directions,
+            loss_terms={term: torch.stack(values).mean() for term, values in terms.items()} or None,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def _logits(self, direction: str, output: DirectionOutput, candidates: torch.Tensor) -> torch.Tensor:
+        """Cosine / temperature of predictions and candidates: `(batch, candidates)`."""
+        _, target = self.config.resolve(direction)
+        scale = self.logit_scale[self.config.directions.index(direction)].exp()
+        return scale * F.normalize(output.contrastive, dim=-1) @ self.connector.frames[target].unit(candidates).T
+
+    def _logits_per_image(self, directions: dict[str, DirectionOutput], latents: dict[str, torch.Tensor]):
+        if "image" not in latents or "text" not in latents:
+            return None
+        parts = []
+        if "image->text" in directions:
+            parts.append(self._logits("image->text", directions["image->text"], latents["text"]))
+        if "text->image" in directions:
+            parts.append(self._logits("text->image", directions["text->image"], latents["image"]).T)
+        return torch.stack(parts).mean(0) if parts else None
+
+    def _loss(self, direction, output, target_latents, positives, candidates):
+        """`alpha L_reg + (1 - alpha) L_cl` and the router's losses, with their names."""
+        config = self.config
+        _, target = config.resolve(direction)
+        rows = len(output.contrastive)
+        if len(target_latents) != rows:
+            raise ValueError(
+                f"Direction '{direction}': {rows} source items and {len(target_latents)} target items. Pairs must "
+                "have the same length; to score every source against every target pass return_loss=False."
+            )
+        candidates = target_latents if candidates is None else candidates
+        if positives is None:
+            positives = torch.eye(rows, len(candidates), dtype=torch.bool, device=target_latents.device)
+        if positives.shape != (rows, len(candidates)) or not positives.any(-1).all():
+            raise ValueError(
+                f"positives has shape {tuple(positives.shape)}, expected {(rows, len(candidates))} with at least "
+                "one True in each row."
+            )
+        framed = self.connector.frames[target](target_latents)
+        regression = regression_loss(output.regression, framed, config.regression)
+        logits = self._logits(direction, output, candidates)
+        bias = self.logit_bias[config.directions.index(direction)]
+        contrastive = contrastive_loss(logits, positives, config.contrastive, bias, config.symmetric)
+        balance, z = load_balance_loss(output.router_logits, output.router_indices), router_z_loss(output.router_logits)
+        loss = config.alpha * regression + (1 - config.alpha) * contrastive
+        loss = loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+        named = {"regression": regression, "contrastive": contrastive, "load_balance": balance, "router_z": z}
+        if config.contrastive == "infonce" and not config.symmetric:
+            named["information_bound"] = information_bound(contrastive, positives)
+        named["conditional_entropy"] = conditional_entropy(output.regression, framed)
+        return loss, {name: value.detach() for name, value in named.items()}
+
+    # ---------------------------------------------------------------- save and load
+
+    def save_pretrained(self, save_directory, self_contained: bool = False, state_dict=None, push_to_hub=False, **kwargs):
+        """Save connector, configuration, code and LoRA weights; encoders stay in their own repositories.
+
+        Args:
+            save_directory: folder to write.
+            self_contained: also write every encoder (`encoder_<modality>/`), for machines without a Hub.
+            state_dict: weights to save instead of the model's own (as the Trainer passes them).
+            push_to_hub, kwargs: as in `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: if `self_contained` and an encoder is not attached.
+        """
+        absent = [m for m in self.config.modalities if m not in self.encoders]
+        entries = self.config.encoders
+        if self_contained and absent:
+            raise ValueError(f"self_contained=True needs the encoders of {absent}, which are not attached.")
+        os.makedirs(save_directory, exist_ok=True)
+        before = self._get_files_timestamps(save_directory)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("encoders.")}
+        self.config.encoders = {m: {**entry, "self_contained": self_contained} for m, entry in entries.items()}
+        hub = {k: kwargs.pop(k) for k in ("repo_id", "commit_message", "revision", "create_pr") if k in kwargs}
+        private = kwargs.pop("private", None)
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.encoders = entries
+        if kwargs.get("is_main_process", True):
+            save_encoder_parts(self.encoders, self.config, save_directory, self_contained)
+            if push_to_hub:
+                from huggingface_hub import create_repo
+
+                token = kwargs.get("token")
+                name = hub.pop("repo_id", os.path.basename(os.fspath(save_directory).rstrip(os.sep)))
+                repo = create_repo(name, exist_ok=True, private=private, token=token).repo_id
+                self._upload_modified_files(save_directory, repo, before, token=token, **hub)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, load_encoders: bool = True, encoders=None, is_trainable=False, **kwargs
+    ):
+        """Load connector and encoders.
+
+        Args:
+            pretrained_model_name_or_path: Hub repository or local folder.
+            load_encoders: False loads the connector alone (enough for work on stored latents).
+            encoders: `{modality: Hub name, local folder or loaded model}` instead of the recorded ones.
+            is_trainable: LoRA weights may be trained on.
+            kwargs: as in `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: foreign, truncated or incomplete checkpoint; an encoder that is not the recorded one.
+            OSError: checkpoint or encoder not found.
+        """
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        place = {**hub, **{key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}}
+        if not isinstance(kwargs.get("config"), PreTrainedConfig):
+            fields, _ = PreTrainedConfig.get_config_dict(name, **place)
+            if fields.get("model_type") != cls.config_class.model_type:
+                raise ValueError(
+                    f"'{name}' holds a '{fields.get('model_type')}' model, not an altmoe checkpoint. "
+                    "To use it as an encoder: AltMoEModel.from_encoders({modality: name})."
+                )
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in '{name}' are damaged or truncated ({error}). Download or save the checkpoint again."
+            ) from error
+        missing = [key for key in info["missing_keys"] if not key.startswith("encoders.")]
+        if missing or info["unexpected_keys"] or info.get("mismatched_keys"):
+            raise ValueError(
+                f"'{name}' is not a complete altmoe checkpoint: missing {sorted(missing)[:5]}, unexpected "
+                f"{sorted(info['unexpected_keys'])[:5]}. Weights would be random; save the checkpoint again."
+            )
+        for parameter in [*model.parameters(), *model.buffers()]:
+            # memory-mapped weights start at odd addresses, where matrix products may round differently
+            parameter.data = parameter.data.clone()
+        for modality in encoders or {}:
+            model.config.latent_size(modality)
+        for modality, entry in model.config.encoders.items():
+            given = (encoders or {}).get(modality)
+            if given is None and not (load_encoders and (entry.get("self_contained") or entry.get("name_or_path"))):
+                continue
+            encoder = given
+            if not isinstance(given, nn.Module):
+                own = given is None and entry.get("self_contained")
+                source = name if own else (given or entry["name_or_path"])
+                where = {"subfolder": f"encoder_{modality}"} if own else {}
+                revision = kwargs.get("revision") if own else (entry.get("revision") if given is None else None)
+                encoder, _ = load_encoder(
+                    source,
+                    entry.get("protocol"),
+                    config=entry.get("config"),
+                    revision=revision,
+                    what=f"{modality} encoder",
+                    **where,
+                    **hub,
+                )
+            model.attach_encoder(modality, encoder)
+            if entry.get("lora"):
+                load_lora(encoder, name, modality, is_trainable, **{k: v for k, v in place.items() if k != "subfolder"})
+        model.eval()
+        return (model, info) if wants_info else model

@@ -1,0 +1,113 @@
+"""The processor: names, prompts, round trips, and what it says of bad items."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_processors
+from PIL import Image
+from transformers import ASTFeatureExtractor
+
+from modeling_altmoe import AltMoEProcessor
+from modeling_altmoe.encoding_altmoe import settings_identity
+from modeling_altmoe.processing_altmoe import ItemError, read_audio, read_image
+
+
+def test_names_are_those_of_the_encoders(processor, pictures):
+    inputs = processor(image=pictures, text=["a cat"])
+    assert inputs["pixel_values"].shape == (3, 3, 32, 32)
+    assert {"input_ids", "attention_mask"} <= set(inputs)
+
+
+def test_a_second_text_modality_gets_its_own_names(tmp_path, pictures):
+    own = tiny_processors(tmp_path)
+    both = AltMoEProcessor({"question": own["text"], "answer": own["text"]})
+    inputs = both(question=["a cat"], answer=["dog", "tree"])
+    assert inputs["input_ids"].shape[0] == 1 and inputs["answer__input_ids"].shape[0] == 2
+
+
+def test_transparency_is_laid_on_white():
+    glass = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert np.asarray(read_image(glass)).min() == 255
+    palette = Image.new("P", (4, 4))
+    palette.info["transparency"] = 0
+    assert read_image(palette).mode == "RGB"
+
+
+def test_prompt_stands_before_every_caption(tmp_path):
+    own = tiny_processors(tmp_path)
+    plain = AltMoEProcessor({"text": own["text"]})
+    prompted = AltMoEProcessor({"text": own["text"]}, {"text": "a red "})
+    assert torch.equal(prompted(text=["dog"])["input_ids"], plain(text=["a red dog"])["input_ids"])
+
+
+def test_round_trip(processor, pictures, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = AltMoEProcessor.from_pretrained(tmp_path)
+    given = {"images": pictures, "text": ["a cat", "dog"]}
+    for name, tensor in processor(**given).items():
+        assert torch.equal(tensor, again(**given)[name])
+    for modality in processor.processors:
+        assert settings_identity(processor.processors[modality]) == settings_identity(again.processors[modality])
+
+
+def test_image_and_sound_processors_do_not_overwrite_each_other(processor, tmp_path):
+    sound = ASTFeatureExtractor(max_length=64)
+    both = AltMoEProcessor({**processor.processors, "audio": sound})
+    both.save_pretrained(tmp_path)
+    again = AltMoEProcessor.from_pretrained(tmp_path)
+    assert again.kind("audio") == "audio" and again.kind("image") == "image"
+    signal = np.sin(np.arange(16000) / 50).astype(np.float32)
+    assert "audio__input_values" in again(audio=[{"array": signal, "sampling_rate": 16000}])
+
+
+def test_identity_follows_settings(tmp_path):
+    one, other = tiny_processors(tmp_path), tiny_processors(tmp_path)
+    other["image"].size = {"height": 64, "width": 64}
+    assert settings_identity(one["image"]) != settings_identity(other["image"])
+    one["text"](["a cat"], padding=True, truncation=True, max_length=4)  # use does not change identity
+    assert settings_identity(one["text"]) == settings_identity(other["text"])
+
+
+@pytest.mark.parametrize("bad", ["", "   \n", None, 3])
+def test_bad_captions_are_named_by_position(processor, bad):
+    with pytest.raises(ItemError, match=r"text: item 1: (empty caption|expected a string)"):
+        processor(text=["a cat", bad])
+
+
+def test_bad_images_are_named_by_position(processor, pictures, tmp_path):
+    (tmp_path / "zero.png").write_bytes(b"")
+    (tmp_path / "noise.png").write_bytes(b"not an image at all")
+    pictures[0].save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    for name, message in (
+        ("zero.png", "has zero bytes"),
+        ("noise.png", "cannot be read as an image"),
+        ("half.png", "cannot be read as an image"),
+        ("none.png", "no image file"),
+    ):
+        with pytest.raises(ItemError, match=f"image: item 1: .*{message}"):
+            processor(images=[pictures[0], str(tmp_path / name)])
+
+
+def test_sound_of_another_rate_is_refused():
+    with pytest.raises(ItemError, match=r"8000 Hz, the encoder expects 16000 Hz: resample"):
+        read_audio({"array": np.zeros(10), "sampling_rate": 8000}, 16000)
+    with pytest.raises(ItemError, match="empty sound"):
+        read_audio(np.zeros(0), 16000)
+
+
+def test_unknown_modality_and_nothing_given(processor):
+    with pytest.raises(ValueError, match=r"Unknown modality 'vidio'. Known: image, text"):
+        processor(vidio=[1])
+    with pytest.raises(ValueError, match="Nothing to process"):
+        processor()
+    with pytest.raises(ValueError, match="the list is empty"):
+        processor(text=[])
+
+
+def test_a_config_cannot_reach_outside_its_folder(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(path.read_text().replace('"folder": ""', '"folder": "../../elsewhere"'))
+    with pytest.raises(ValueError, match="unusable entry"):
+        AltMoEProcessor.from_pretrained(tmp_path)

@@ -1,0 +1,291 @@
+"""Baselines every result stands beside: chance, ridge, kernel ridge, CCA, and linear heads with InfoNCE.
+
+In: training latents of paired rows, a group per row, validation data. Out: a fitted `Retriever`. All of them see the
+same input (centred-unit latents), are compared by validation mean recall *with* the post-processing of
+`trainer.evaluation` (both directions, hubness correction), and may try at most `TRIALS` configurations. Nothing here
+sees test data.
+
+A new baseline is a subclass of `Baseline` with `candidates`, and a line in `BASELINES`.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.closed_form import ClosedFormFit, fit_closed_form
+from trainer.evaluation import PAIR, RetrievalData, evaluate_retrieval, fit_postprocessing
+
+TRIALS = 24  # configurations any baseline may compare on validation
+
+
+@dataclass(frozen=True)
+class CentredUnit:
+    """u = normalize(x - mean of the training latents)."""
+
+    mean: Tensor
+
+    @classmethod
+    def fit(cls, latents: Tensor) -> "CentredUnit":
+        return cls(latents.mean(dim=0))
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return F.normalize(latents - self.mean, dim=-1)
+
+
+def _both(pair: tuple[str, str]) -> list[str]:
+    return [f"{pair[0]}->{pair[1]}", f"{pair[1]}->{pair[0]}"]
+
+
+def _ends(direction: str) -> tuple[str, str]:
+    source, _, target = direction.partition("->")
+    return source, target
+
+
+@dataclass
+class MapRetriever:
+    """One closed-form map per direction; the gallery is the centred-unit target latent itself."""
+
+    maps: dict[str, ClosedFormFit]
+    standard: dict[str, CentredUnit]
+
+    @property
+    def directions(self) -> list[str]:
+        return list(self.maps)
+
+    def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
+        source, _ = _ends(direction)
+        return F.normalize(self.maps[direction].predict(self.standard[source](latents[source])), dim=-1)
+
+    def gallery(self, direction: str, latents: Tensor) -> Tensor:
+        return self.standard[_ends(direction)[1]](latents)
+
+
+@dataclass
+class SharedSpaceRetriever:
+    """One linear projection per modality `{modality: (d_modality, d_shared)}` into a shared space."""
+
+    projections: dict[str, Tensor]
+    standard: dict[str, CentredUnit]
+    directions: list[str]
+
+    def _embed(self, modality: str, latents: Tensor) -> Tensor:
+        return F.normalize(self.standard[modality](latents) @ self.projections[modality], dim=-1)
+
+    def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
+        source, _ = _ends(direction)
+        return self._embed(source, latents[source])
+
+    def gallery(self, direction: str, latents: Tensor) -> Tensor:
+        return self._embed(_ends(direction)[1], latents)
+
+
+@dataclass
+class RandomRetriever:
+    """Scores that know nothing: a latent is hashed through a random projection, a different one for each side."""
+
+    seed: int
+    directions: list[str]
+    size: int = 64
+
+    def _embed(self, salt: str, latents: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + sum(salt.encode()))
+        return F.normalize(latents @ torch.randn(latents.shape[1], self.size, generator=generator), dim=-1)
+
+    def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
+        return self._embed("query " + direction, latents[_ends(direction)[0]])
+
+    def gallery(self, direction: str, latents: Tensor) -> Tensor:
+        return self._embed("gallery " + direction, latents)
+
+
+class Baseline(ABC):
+    """A family of retrievers and the search over it."""
+
+    name: str
+
+    @abstractmethod
+    def candidates(
+        self, train: dict[str, Tensor], validation: RetrievalData, groups: Tensor, seed: int
+    ) -> Iterator[tuple[dict, object]]:
+        """Yields at most `TRIALS` pairs (configuration, fitted retriever). `validation` is for early stopping only."""
+
+    def fit(self, train: dict[str, Tensor], validation: RetrievalData, groups: Tensor, seed: int = 0):
+        """The candidate with the best validation mean recall after post-processing.
+
+        Args:
+            train: `{modality: (n, d_modality)}`, row i of each side a pair.
+            validation: what the configurations are compared on; its `pair` names the two modalities.
+            groups: `(n,)` integer ids; rows of one group are each other's positives.
+
+        Returns:
+            A retriever, with the attributes `config` and `validation_mean_recall` added.
+
+        Raises:
+            ValueError: training rows that are not paired.
+        """
+        lengths = {modality: len(train[modality]) for modality in validation.pair}
+        if len({*lengths.values(), len(groups)}) != 1:
+            raise ValueError(f"training rows must be paired: {lengths}, {len(groups)} groups")
+        best = None
+        for count, (config, retriever) in enumerate(self.candidates(train, validation, groups, seed), start=1):
+            if count > TRIALS:
+                raise RuntimeError(f"{self.name} tried more than its {TRIALS} configurations")
+            value = fit_postprocessing(retriever, train, validation, seed=seed).validation_mean_recall
+            if best is None or value > best.validation_mean_recall:
+                best = retriever
+                best.config, best.validation_mean_recall = config, value
+        return best
+
+
+class Chance(Baseline):
+    """Random scores: what the protocol gives for free. Nothing is tuned."""
+
+    name = "chance"
+
+    def candidates(self, train, validation, groups, seed):
+        yield {}, RandomRetriever(seed, _both(validation.pair))
+
+
+class ClosedForm(Baseline):
+    """Closed-form maps in both directions.
+
+    `selection="validation"` compares `configurations` (shared by the two directions) on validation like every other
+    baseline. `selection="leave_group_out"` chooses per direction on the training rows alone
+    (`fit_closed_form`) and leaves validation to the post-processing.
+    """
+
+    kind: str
+    configurations: Sequence[dict]
+
+    def __init__(self, selection: str = "validation", **options):
+        if selection not in ("validation", "leave_group_out"):
+            raise ValueError(f'selection must be "validation" or "leave_group_out", got {selection!r}')
+        self.selection, self.options = selection, options
+
+    def candidates(self, train, validation, groups, seed):
+        standard = {modality: CentredUnit.fit(train[modality]) for modality in validation.pair}
+        units = {modality: standard[modality](train[modality]) for modality in validation.pair}
+        for config in self.configurations if self.selection == "validation" else ({},):
+            maps = {}
+            for direction in _both(validation.pair):
+                source, target = _ends(direction)
+                grid = {name: (value,) for name, value in config.items()}
+                maps[direction] = fit_closed_form(
+                    units[source], units[target], groups, kind=self.kind, seed=seed, **grid, **self.options
+                )
+            chosen = {direction: {"gamma": fit.gamma, "lam": fit.lam} for direction, fit in maps.items()}
+            yield chosen, MapRetriever(maps, standard)
+
+
+class Ridge(ClosedForm):
+    """Linear least squares with an L2 penalty: the strongest simple map at a few hundred pairs."""
+
+    name, kind = "ridge", "ridge"
+    configurations = tuple({"lambdas": float(10 ** (-2 + 4 * i / (TRIALS - 1)))} for i in range(TRIALS))
+
+
+class KernelRidge(ClosedForm):
+    """Kernel ridge regression with exp(gamma (cos - 1))."""
+
+    name, kind = "kernel_ridge", "kernel"
+    configurations = tuple(
+        {"gammas": gamma, "lambdas": lam}
+        for gamma, lam in itertools.product((1.0, 2.0, 4.0, 6.0, 8.0, 12.0), (0.01, 0.03, 0.1, 0.3))
+    )
+
+
+class CCA(Baseline):
+    """Regularised canonical correlation analysis, correlations raised to a power as weights.
+
+    Whitening (C + r tr(C)/d I)^{-1/2} on each side, SVD of the whitened cross-covariance; a side's projection is
+    whitening times singular vectors times s^power (Hotelling 1936; the weighting as in Gong et al. 2014).
+    """
+
+    name = "cca"
+    regularisers, sizes, powers = (0.3, 1.0, 3.0, 10.0), (64, 128, 256), (1.0, 2.0)
+
+    def candidates(self, train, validation, groups, seed):
+        first, second = validation.pair
+        standard = {modality: CentredUnit.fit(train[modality]) for modality in validation.pair}
+        rows = {modality: standard[modality](train[modality]).double() for modality in validation.pair}
+        rows = {modality: unit - unit.mean(dim=0) for modality, unit in rows.items()}
+        spectra = {modality: torch.linalg.eigh(unit.T @ unit / len(unit)) for modality, unit in rows.items()}
+        cross = rows[first].T @ rows[second] / len(groups)
+        for r in self.regularisers:
+            white = {}
+            for modality, (energy, vectors) in spectra.items():
+                floor = r * energy.clamp_min(0).mean()
+                white[modality] = (vectors * (energy.clamp_min(0) + floor).rsqrt()) @ vectors.T
+            left, s, right = torch.linalg.svd(white[first] @ cross @ white[second], full_matrices=False)
+            sides = {first: white[first] @ left, second: white[second] @ right.T}
+            for size, power in itertools.product(self.sizes, self.powers):
+                weighted = {m: (side[:, :size] * s[:size] ** power).float() for m, side in sides.items()}
+                config = {"regulariser": r, "size": size, "power": power}
+                yield config, SharedSpaceRetriever(weighted, standard, _both(validation.pair))
+
+
+class LinearInfoNCE(Baseline):
+    """The CLIP / LiT head: two linear projections, symmetric InfoNCE, learned temperature (Radford et al. 2021).
+
+    The head of transformers' `VisionTextDualEncoderModel` over frozen encoders: no biases, logit scale from ln(1/0.07),
+    capped at 100. Full batch up to `max_batch` rows. Other rows of the same group are neither positives nor negatives.
+    """
+
+    name = "linear_infonce"
+    rates, decays, sizes = (3e-4, 1e-3, 3e-3), (0.01, 0.1), (128, 256, 384, 512)
+    max_steps, check_every, patience, max_batch = 150, 10, 3, 1024
+
+    def candidates(self, train, validation, groups, seed):
+        standard = {modality: CentredUnit.fit(train[modality]) for modality in validation.pair}
+        rows = {modality: standard[modality](train[modality]) for modality in validation.pair}
+        for rate, decay, size in itertools.product(self.rates, self.decays, self.sizes):
+            config = {"learning_rate": rate, "weight_decay": decay, "size": size}
+            yield config, self._train(rows, standard, validation, groups, seed, **config)
+
+    def _train(self, rows, standard, validation, groups, seed, learning_rate, weight_decay, size):
+        generator = torch.Generator().manual_seed(seed)
+        first, second = validation.pair
+        projections = {
+            m: nn.Parameter(torch.randn(rows[m].shape[1], size, generator=generator) * rows[m].shape[1] ** -0.5)
+            for m in validation.pair
+        }
+        logit_scale = nn.Parameter(torch.tensor(2.6592))
+        optimiser = torch.optim.AdamW(
+            [{"params": list(projections.values())}, {"params": [logit_scale], "weight_decay": 0.0}],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+        )
+        n, best, best_value, waited = len(groups), None, -1.0, 0
+        for step in range(1, self.max_steps + 1):
+            batch = torch.randperm(n, generator=generator)[: self.max_batch] if n > self.max_batch else torch.arange(n)
+            a, b = (F.normalize(rows[m][batch] @ projections[m], dim=-1) for m in (first, second))
+            same = (groups[batch][:, None] == groups[batch][None, :]).fill_diagonal_(False)
+            logits = (logit_scale.clamp(max=4.6052).exp() * a @ b.T).masked_fill(same, -torch.inf)
+            target = torch.arange(len(batch))
+            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if step % self.check_every == 0:
+                now = {m: weight.detach() for m, weight in projections.items()}
+                retriever = SharedSpaceRetriever(now, standard, _both(validation.pair))
+                value = evaluate_retrieval(retriever, validation)["mean_recall"]
+                if value > best_value:
+                    best, best_value, waited = deepcopy(now), value, 0
+                else:
+                    waited += 1
+                    if waited == self.patience:
+                        break
+        return SharedSpaceRetriever(best, standard, _both(validation.pair))
+
+
+BASELINES: dict[str, type[Baseline]] = {
+    baseline.name: baseline for baseline in (Chance, Ridge, KernelRidge, CCA, LinearInfoNCE)
+}
+__all__ = ["BASELINES", "PAIR", "TRIALS", "Baseline", *(c.__name__ for c in BASELINES.values())]

@@ -1,0 +1,312 @@
+"""Closed-form maps from one latent space to another: ridge and (Nyström) kernel ridge with an honest training error.
+
+In: centred-unit latents of paired rows and a group id per row. Out: a `ClosedFormFit` with the map, and with a
+prediction for every training row made *without* that row's group. No data is loaded and nothing is evaluated here; the
+only randomness is the seeded choice of landmarks and of selection rows.
+
+The problem solved, with features phi (n, p), an unpenalised intercept b and row weights w, is
+
+    min_{A, b}  sum_i w_i || y_i - b - phi_i A ||^2  +  lambda * tr(A^T R A)
+
+    ridge    phi(u) = u                                        R = I
+    kernel   phi(u)_l = exp(gamma * (cos(u, landmark_l) - 1))   R = K_LL (landmark Gram matrix)
+
+With every training row a landmark this *is* kernel ridge regression with an intercept (representer theorem:
+Schölkopf and Smola 2002, section 4.2); with fewer it is Nyström / subset-of-regressors (Williams and Seeger 2001).
+Targets and features are centred on their weighted training means, which solves for b exactly; so a left-out group
+also leaves the means, and the identity used for it,
+
+    e_G = (I - H_GG)^{-1} (y_G - yhat_G),   H the hat matrix including the intercept,
+
+is exact for groups of any size (block form of PRESS: Cook and Weisberg 1982, section 3.6). One eigendecomposition per
+gamma serves every lambda: `_Spectrum` keeps H = 1 1^T / n + U diag(s^2 / (s^2 + lambda)) U^T.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KERNEL_GAMMAS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+KERNEL_LAMBDAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+RIDGE_LAMBDAS = (0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
+CRITERION_KS = (1, 5, 10)
+
+
+@dataclass
+class ClosedFormFit:
+    """A fitted map. `predict(u) = phi(u) @ weight + bias`.
+
+    Attributes:
+        kind: `"kernel"` or `"ridge"`.
+        gamma: kernel sharpness; `None` for ridge.
+        lam: the chosen ridge penalty.
+        landmarks: `(L, d_source)` unit rows; `None` for ridge.
+        weight: `(L, d_target)` for a kernel, `(d_source, d_target)` for ridge.
+        bias: `(d_target,)`; the intercept, that is mean target minus mean feature times `weight`.
+        out_of_sample: `(n, d_target)`; for each training row, the prediction of the fit that never saw its group
+            (landmarks, gamma and lambda are held fixed).
+        grid: one `{"gamma", "lam", "criterion"}` per tried pair.
+    """
+
+    kind: str
+    gamma: float | None
+    lam: float
+    landmarks: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    out_of_sample: Tensor
+    grid: list[dict] = field(default_factory=list)
+
+    def predict(self, sources: Tensor, chunk: int = 8192) -> Tensor:
+        """Predicts targets, in chunks of rows: `(m, d_source) -> (m, d_target)` in the dtype of the fit."""
+        sources = sources.to(self.weight.dtype)
+        if sources.ndim != 2:
+            raise ValueError(f"sources must be (rows, d_source), got shape {tuple(sources.shape)}")
+        width = (self.weight if self.landmarks is None else self.landmarks.T).shape[0]
+        if sources.shape[1] != width:
+            raise ValueError(f"this map was fitted on {width}-d sources, got {sources.shape[1]}-d ones")
+        parts = [_features(part, self.landmarks, self.gamma) @ self.weight + self.bias for part in sources.split(chunk)]
+        return torch.cat(parts) if parts else self.weight.new_zeros(0, self.weight.shape[1])
+
+
+def fit_closed_form(
+    sources: Tensor,
+    targets: Tensor,
+    groups: Tensor,
+    *,
+    kind: str = "kernel",
+    gammas: Sequence[float] = KERNEL_GAMMAS,
+    lambdas: Sequence[float] | None = None,
+    max_landmarks: int = 4096,
+    max_selection_rows: int = 4096,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    weights: Tensor | None = None,
+) -> ClosedFormFit:
+    """Fits sources to targets and chooses (gamma, lambda) by leave-group-out retrieval on the training rows.
+
+    Args:
+        sources: `(n, d_source)` centred-unit latents.
+        targets: `(n, d_target)` centred-unit latents of the same rows.
+        groups: `(n,)` integer ids; rows of one group are left out together and are each other's positives.
+        kind: `"kernel"` or `"ridge"`.
+        gammas: kernel sharpness values to try; ignored for ridge.
+        lambdas: penalties to try; default `KERNEL_LAMBDAS` or `RIDGE_LAMBDAS`.
+        max_landmarks: all distinct sources are landmarks up to this number, a seeded random subset above it.
+        max_selection_rows: rows (whole groups, seeded) the criterion is measured on. Every row is always fitted.
+        seed: for the two subsets.
+        dtype: of the computation. The result has the dtype of `sources`.
+        weights: `(n,)` positive row weights, default 1.
+
+    Raises:
+        ValueError: shapes that do not fit together, fewer than two groups, an unknown kind, an empty or
+            non-positive grid, non-finite values, weights that are not positive.
+    """
+    lambdas = tuple(lambdas if lambdas is not None else (KERNEL_LAMBDAS if kind == "kernel" else RIDGE_LAMBDAS))
+    gammas = tuple(gammas) if kind == "kernel" else (None,)
+    _check(sources, targets, groups, kind, gammas, lambdas, max_landmarks, weights)
+    x, y = sources.detach().to(dtype), targets.detach().to(dtype)
+    groups = torch.unique(groups.to(x.device), return_inverse=True)[1]
+    row_weights = torch.ones(len(x), dtype=dtype, device=x.device) if weights is None else weights.to(x)
+    generator = torch.Generator().manual_seed(seed)
+
+    landmarks = _choose_landmarks(x, max_landmarks, generator) if kind == "kernel" else None
+    cosines = None if landmarks is None else F.normalize(x, dim=1) @ landmarks.T
+    selection = _selection_rows(groups, max_selection_rows, generator)
+
+    grid, best = [], None
+    for gamma in gammas:
+        spectrum = _Spectrum(x, y, row_weights, landmarks, cosines, gamma)
+        for lam in lambdas:
+            held_out = spectrum.leave_group_out(lam, groups, selection)
+            value = retrieval_criterion(held_out, y[selection], groups[selection])
+            grid.append({"gamma": gamma, "lam": lam, "criterion": value})
+            if best is None or value > best[0]:
+                best = (value, gamma, lam, spectrum)
+    _, gamma, lam, spectrum = best
+    weight, bias = spectrum.solution(lam)
+    every_row = torch.arange(len(x), device=x.device)
+    out = sources.dtype
+    return ClosedFormFit(
+        kind=kind,
+        gamma=gamma,
+        lam=lam,
+        landmarks=None if landmarks is None else landmarks.to(out),
+        weight=weight.to(out),
+        bias=bias.to(out),
+        out_of_sample=spectrum.leave_group_out(lam, groups, every_row).to(out),
+        grid=grid,
+    )
+
+
+def retrieval_criterion(
+    predictions: Tensor, targets: Tensor, groups: Tensor, ks: Sequence[int] = CRITERION_KS
+) -> float:
+    """Mean of recall@1, @5, @10 and MRR of predictions `(m, d)` among targets `(m, d)` by cosine; same group = positive."""
+    scores = F.normalize(predictions, dim=1).float() @ F.normalize(targets, dim=1).float().T
+    ranks = []
+    for part, own in zip(scores.split(1024), groups.split(1024), strict=True):
+        relevant = own[:, None] == groups[None, :]
+        best = part.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append(1 + ((part >= best) & ~relevant).sum(dim=1))
+    ranks = torch.cat(ranks).double()
+    return float(sum((ranks <= k).double().mean() for k in ks) + (1 / ranks).mean()) / (len(ks) + 1)
+
+
+class _Spectrum:
+    """Eigendecomposition of one weighted, centred problem; answers for any lambda.
+
+    Tilde quantities are rows scaled by sqrt(w); `unit` is the scaled column of ones, `P = I - unit unit^T` centres.
+    Dual (n <= p):  P D Phi R^{-1} Phi^T D P = U s^2 U^T           (kernel: Phi R^{-1} Phi^T = K; ridge: X X^T)
+    Primal (n > p): Z = P D Phi C^{-T}, R = C C^T, Z^T Z = V s^2 V^T, U = Z V / s
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor,
+        landmarks: Tensor | None,
+        cosines: Tensor | None,
+        gamma: float | None,
+    ):
+        self.root = weights.sqrt()[:, None]  # (n, 1)
+        self.unit = self.root / self.root.norm()
+        self.features = x if landmarks is None else torch.exp(gamma * (cosines - 1))  # (n, p)
+        self.targets = y
+        self.centred_targets = self._centre(self.root * y)
+        self.is_kernel = landmarks is not None
+        n, p = self.features.shape
+        self.is_dual = n <= p
+        if self.is_dual:
+            gram = self.features if self.is_kernel else self.features @ self.features.T
+            gram = self._centre(self._centre(self.root * gram * self.root.T).T)
+            energy, self.vectors = torch.linalg.eigh((gram + gram.T) / 2)
+            self.energy = energy.clamp_min(0)
+            self.rotated_targets = self.vectors.T @ self.centred_targets  # U^T P Y~: (k, d_target)
+        else:
+            self.factor = _cholesky(torch.exp(gamma * (landmarks @ landmarks.T - 1))) if self.is_kernel else None
+            z = self._centre(self.root * self.features)
+            if self.is_kernel:
+                z = torch.linalg.solve_triangular(self.factor, z.T, upper=False).T
+            energy, vectors = torch.linalg.eigh(z.T @ z)
+            keep = energy > energy[-1] * torch.finfo(energy.dtype).eps * p
+            self.energy, self.vectors, self.whitened = energy[keep], vectors[:, keep], z
+            self.rotated_targets = (self.vectors.T @ (z.T @ self.centred_targets)) / self.energy.sqrt()[:, None]
+
+    def _centre(self, rows: Tensor) -> Tensor:
+        return rows - self.unit @ (self.unit.T @ rows)
+
+    def _left(self, rows: Tensor) -> Tensor:
+        """Rows of U: `(len(rows), k)`."""
+        if self.is_dual:
+            return self.vectors[rows]
+        return self.whitened[rows] @ (self.vectors / self.energy.sqrt())
+
+    def solution(self, lam: float) -> tuple[Tensor, Tensor]:
+        """`(weight (p, d_target), bias (d_target,))` at lambda."""
+        if self.is_dual:
+            dual = self.root * self._centre(self.vectors @ (self.rotated_targets / (self.energy + lam)[:, None]))
+            weight = dual if self.is_kernel else self.features.T @ dual
+        else:
+            weight = self.vectors @ (self.rotated_targets * (self.energy.sqrt() / (self.energy + lam))[:, None])
+            if self.is_kernel:
+                weight = torch.linalg.solve_triangular(self.factor.T, weight, upper=True)
+        share = (self.root**2 / (self.root**2).sum()).T  # (1, n)
+        return weight, (share @ self.targets - (share @ self.features) @ weight)[0]
+
+    def leave_group_out(self, lam: float, groups: Tensor, rows: Tensor) -> Tensor:
+        """`(len(rows), d_target)` predictions without each row's own group. `rows` must hold whole groups."""
+        left, unit, root = self._left(rows), self.unit[rows], self.root[rows]
+        shrink = self.energy / (self.energy + lam)
+        residual = self.centred_targets[rows] - left @ (shrink[:, None] * self.rotated_targets)
+        # an extra column makes the intercept part of the same low-rank hat matrix
+        basis = torch.cat([left * shrink.sqrt(), unit], dim=1)
+        error = torch.empty_like(residual)
+        for index in _groups_by_size(groups[rows]):  # (groups of this size, size)
+            if index.shape[1] == 1:  # the usual case, without a batched solve
+                alone = index[:, 0]
+                error[alone] = residual[alone] / (1 - basis[alone].square().sum(dim=1, keepdim=True))
+                continue
+            block = basis[index]
+            hat = block @ block.transpose(1, 2)
+            identity = torch.eye(index.shape[1], dtype=hat.dtype, device=hat.device)
+            error[index.flatten()] = torch.linalg.solve(identity - hat, residual[index]).flatten(0, 1)
+        return self.targets[rows] - error / root
+
+
+def _features(sources: Tensor, landmarks: Tensor | None, gamma: float | None) -> Tensor:
+    """`(m, d_source) -> (m, p)`."""
+    if landmarks is None:
+        return sources
+    return torch.exp(gamma * (F.normalize(sources, dim=1) @ landmarks.T - 1))
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """Cholesky factor of a Gram matrix plus the smallest jitter that succeeds."""
+    jitter = 10 * torch.finfo(gram.dtype).eps * float(gram.diagonal().sum())
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for _ in range(8):
+        factor, info = torch.linalg.cholesky_ex(gram + jitter * identity)
+        if not info.any():
+            return factor
+        jitter *= 10
+    raise RuntimeError(f"the landmark Gram matrix stays singular with jitter {jitter:g}: are the sources finite?")
+
+
+def _choose_landmarks(sources: Tensor, max_landmarks: int, generator: torch.Generator) -> Tensor:
+    """Distinct unit sources, in row order, or a seeded random subset of them: `(L, d_source)`."""
+    _, inverse = torch.unique(sources, dim=0, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), len(sources), device=sources.device)
+    first = first.scatter_reduce(0, inverse, torch.arange(len(sources), device=sources.device), "amin").sort().values
+    if len(first) > max_landmarks:
+        chosen = torch.randperm(len(first), generator=generator)[:max_landmarks].sort().values
+        first = first[chosen.to(first.device)]
+    return F.normalize(sources[first], dim=1)
+
+
+def _selection_rows(groups: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """Rows of whole groups, at most `limit` of them (but never fewer than two groups)."""
+    if len(groups) <= limit:
+        return torch.arange(len(groups), device=groups.device)
+    sizes = torch.bincount(groups)
+    order = torch.randperm(len(sizes), generator=generator).to(groups.device)
+    count = max(2, int((sizes[order].cumsum(0) <= limit).sum()))
+    return torch.isin(groups, order[:count]).nonzero()[:, 0]
+
+
+def _groups_by_size(groups: Tensor) -> list[Tensor]:
+    """Positions of the rows of each group, stacked for groups of equal size: a list of `(n_groups, size)`."""
+    order = torch.argsort(groups, stable=True)
+    sizes = torch.unique_consecutive(groups[order], return_counts=True)[1]
+    starts = sizes.cumsum(0) - sizes
+    return [
+        order[starts[sizes == size][:, None] + torch.arange(int(size), device=groups.device)]
+        for size in torch.unique(sizes)
+    ]
+
+
+def _check(sources, targets, groups, kind, gammas, lambdas, max_landmarks, weights) -> None:
+    if kind not in ("kernel", "ridge"):
+        raise ValueError(f'kind must be "kernel" or "ridge", got {kind!r}')
+    if sources.ndim != 2 or targets.ndim != 2 or len(sources) != len(targets):
+        raise ValueError(
+            f"sources and targets must be (n, d) of the same rows, got {tuple(sources.shape)} and {tuple(targets.shape)}"
+        )
+    if groups.shape != (len(sources),):
+        raise ValueError(f"groups must be ({len(sources)},), one id a row, got {tuple(groups.shape)}")
+    if len(torch.unique(groups)) < 2:
+        raise ValueError("at least two groups are needed: leaving the only group out leaves nothing to fit")
+    if not torch.isfinite(sources).all() or not torch.isfinite(targets).all():
+        raise ValueError("sources and targets must be finite, got NaN or infinity")
+    if not lambdas or min(lambdas) <= 0:
+        raise ValueError(f"lambdas must be positive and at least one, got {lambdas}")
+    if kind == "kernel" and (not gammas or min(gammas) <= 0):
+        raise ValueError(f"gammas must be positive and at least one, got {gammas}")
+    if max_landmarks < 1:
+        raise ValueError(f"max_landmarks must be at least 1, got {max_landmarks}")
+    if weights is not None and (weights.shape != (len(sources),) or not (weights > 0).all()):
+        raise ValueError(f"weights must be ({len(sources)},) and all positive")

@@ -1,0 +1,57 @@
+"""What is measured before training: the frames of the modalities and the closed forms under the experts.
+
+Comes in: a fresh model and the training pairs. Goes out: the model with frames and bases in place, and for each
+direction the base's predictions for training items it was not fitted on. Experts trained on top of those learn to
+mend the base's honest errors, not the near-perfect fit it has on its own training items (stacking, Wolpert 1992).
+"""
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from trainer.closed_form import fit_closed_form
+from trainer.pairs import LatentPairs
+
+
+def fit_frames(model, pairs: LatentPairs) -> None:
+    """Measure every modality's mean and scale on the training latents."""
+    for modality, latents in pairs.latents.items():
+        model.connector.frames[modality].fit(latents.to(model.device))
+
+
+@torch.no_grad()
+def fit_bases(model, pairs: LatentPairs, max_landmarks: int = 2048, seed: int = 0, progress: bool = True) -> dict:
+    """Fit a closed form for every direction, in place.
+
+    Args:
+        model: an [`AltMoEModel`] whose frames are fitted and whose `config.base` is not `"none"`.
+        pairs: training pairs.
+        max_landmarks: most landmarks of a kernel base.
+        seed: for the choice of landmarks.
+        progress: show a bar.
+
+    Returns:
+        `{direction: (rows of the first source, d_target)}` leave-group-out predictions, zero for unpaired rows.
+    """
+    out_of_sample = {}
+    connector, device = model.connector, model.device
+    for direction in tqdm(pairs.directions, desc=f"fitting the {model.config.base} base", disable=not progress):
+        sources, target = model.config.resolve(direction)
+        rows = pairs.rows[direction]
+        batch = pairs.batch(direction, range(len(rows)))
+        latents = {m: batch["latents"][m].to(device) for m in sources}
+        source = connector.source(latents, direction)
+        every_target = connector.frames[target].unit(pairs.latents[target].to(device))
+        partners = [pairs._rows_of_key[target][int(key)] for key in batch["keys"]]
+        # several captions of an image: their mean is what least squares would find for them one by one
+        targets = torch.stack([F.normalize(every_target[torch.from_numpy(p)].mean(0), dim=-1) for p in partners])
+        groups = torch.from_numpy(pairs.group_of_key[batch["keys"]])
+        fit = fit_closed_form(
+            source.cpu(), targets.cpu(), groups, kind=model.config.base, max_landmarks=max_landmarks, seed=seed
+        )
+        connector.set_base(direction, fit.weight, fit.bias, fit.landmarks, fit.gamma)
+        first = pairs.latents[sources[0]]
+        table = torch.zeros(len(first), targets.shape[-1], device=device)
+        table[torch.from_numpy(rows).to(device)] = fit.out_of_sample.float().to(device)
+        out_of_sample[direction] = table
+    return out_of_sample

@@ -1,0 +1,235 @@
+"""AltMoETrainer: transformers' Trainer with alternating direction steps.
+
+Comes in: an [`AltMoEModel`] and [`LatentPairs`] (or a data set of raw items with a collator). Goes out: checkpoints of
+the connector, logs that name their direction, and the best model by validation mean recall. Everything that the
+schedule needs to go on after a crash is in the Trainer's own state: the step and the log of evaluations.
+"""
+
+import json
+import os
+import re
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import speed_metrics
+
+from modeling_altmoe.attaching_altmoe import load_lora
+from modeling_altmoe.configuration_altmoe import unknown_name_message
+from trainer.arguments import AltMoEArguments
+from trainer.evaluation import evaluate_pairs
+from trainer.pairs import LatentPairs
+from trainer.schedules import DirectionSchedule
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest `checkpoint-N` that was written to its end (a kill may leave a newer half one), or None."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        try:
+            json.loads((path / "trainer_state.json").read_text())  # written last
+        except (OSError, json.JSONDecodeError):
+            continue
+        if match:
+            found.append((int(match[1]), str(path)))
+    return max(found)[1] if found else None
+
+
+class _DirectionLearningRates(TrainerCallback):
+    """Scale the learning rate for the step's direction, and put it back after the step."""
+
+    def __init__(self, trainer: "AltMoETrainer", factors: dict[str, float]):
+        self.trainer, self.factors, self.before = trainer, factors, None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        factor = self.factors.get(self.trainer.direction or "", 1.0)
+        self.before = [group["lr"] for group in self.trainer.optimizer.param_groups]
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] *= factor
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for group, before in zip(self.trainer.optimizer.param_groups, self.before, strict=True):
+            group["lr"] = before
+
+
+class AltMoETrainer(Trainer):
+    """
+    Train one direction an optimiser step.
+
+    The direction is constant over gradient accumulation and over processes, and a pure function of the seed, the step
+    and (for `adaptive`) the evaluations logged so far, so a resumed run continues exactly.
+
+    Args:
+        model ([`AltMoEModel`]): frames and closed forms fitted (see `trainer.fitting`).
+        args ([`AltMoEArguments`]): all settings.
+        train_dataset ([`LatentPairs`] or a data set of raw items): with raw items, pass the `data_collator` that
+            turns them into the model's inputs.
+        eval_dataset ([`LatentPairs`], *optional*): validation pairs; early stopping follows their mean recall.
+        out_of_sample (`dict[str, Tensor]`, *optional*): the closed form's predictions for training rows it was not
+            fitted on, as `fit_bases` returns them.
+        kwargs: as for `transformers.Trainer`.
+
+    Raises:
+        ValueError: unknown direction in `direction_learning_rates`, or evaluation asked for without validation pairs.
+    """
+
+    def __init__(self, model, args: AltMoEArguments, train_dataset: Dataset, eval_dataset=None, out_of_sample=None, **kwargs):
+        directions = model.config.directions
+        for direction in args.direction_learning_rates or {}:
+            if direction not in directions:
+                raise ValueError(f"direction_learning_rates: {unknown_name_message('direction', direction, directions)}")
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ValueError("eval_strategy needs validation pairs: raise validation_fraction, or set eval_strategy: no.")
+        if isinstance(train_dataset, LatentPairs):
+            kwargs.setdefault("data_collator", torch.tensor)
+        self.schedule = DirectionSchedule(
+            directions, args.schedule, args.seed, args.block_steps, args.direction_weights
+        )
+        self.out_of_sample = out_of_sample or {}
+        self.direction: str | None = directions[0]
+        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.loss_is_scaled_for_ga = False  # contrastive terms are means over a batch
+        if args.direction_learning_rates:
+            self.add_callback(_DirectionLearningRates(self, args.direction_learning_rates))
+        if args.early_stopping_patience and args.load_best_model_at_end and args.eval_strategy != "no":
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    # ---------------------------------------------------------------- one step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.direction = self.schedule.direction(self.state.global_step, self.state.log_history)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if isinstance(self.train_dataset, LatentPairs):
+            loss, output = self._loss_on_pairs(model, inputs)
+        else:
+            output = model(**inputs, direction=self.direction, return_loss=True)
+            loss = output.loss
+            self._note(self.direction or "joint", output.loss_terms)
+        return (loss, output) if return_outputs else loss
+
+    def _loss_on_pairs(self, model, index: torch.Tensor):
+        """The step's loss, from item numbers. `joint` adds up all directions in one step."""
+        directions = self.schedule.directions if self.direction is None else [self.direction]
+        losses = []
+        for direction in directions:
+            batch = self._batch(self.train_dataset, direction, index)
+            output = model(**batch, direction=direction, return_loss=True)
+            losses.append(output.loss)
+            self._note(direction, output.loss_terms)
+        return torch.stack(losses).mean(), output
+
+    def _batch(self, pairs: LatentPairs, direction: str, index: torch.Tensor) -> dict:
+        """Latents, candidates and matches of one direction, on the device.
+
+        Candidates are the targets of *all* processes' rows (or of the whole store): targets are frozen, so every
+        process takes them from its own copy, and the mean over processes is the loss of one large batch.
+        """
+        step, rank = self.state.global_step, self.args.process_index
+        generator = np.random.default_rng([self.args.seed, step, rank, int(index.sum())])
+        batch = pairs.batch(direction, index.cpu().numpy(), generator)
+        _, target = self.accelerator.unwrap_model(self.model).config.resolve(direction)
+        rows = torch.from_numpy(batch["target_rows"]).to(self.args.device)
+        if self.args.world_size > 1:
+            rows = self.accelerator.gather(rows)
+        candidates = rows.cpu().numpy()
+        if self.args.negatives == "store":
+            everything = np.arange(len(pairs.latents[target]))
+            if len(everything) > self.args.max_negatives:
+                shared = np.random.default_rng([self.args.seed, step])  # the same sample in every process
+                everything = shared.choice(everything, self.args.max_negatives, replace=False)
+            candidates = np.union1d(candidates, everything)
+        matches = pairs.matches(direction, batch["source_rows"], candidates)
+        moved = {
+            "latents": {m: x.to(self.args.device) for m, x in batch["latents"].items()},
+            "candidates": pairs.latents[target][torch.from_numpy(candidates)].to(self.args.device),
+            "positives": matches.to(self.args.device),
+        }
+        if pairs is self.train_dataset and direction in self.out_of_sample:
+            table = self.out_of_sample[direction]
+            moved["base_prediction"] = table[torch.from_numpy(batch["source_rows"]).to(table.device)]
+        return moved
+
+    # ---------------------------------------------------------------- logs
+
+    def _note(self, direction: str, terms: dict[str, torch.Tensor] | None) -> None:
+        for name, value in (terms or {}).items():
+            self._terms[f"{direction}/{name}"].append(value)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs["direction"] = self.direction or "joint"
+            for name, values in self._terms.items():
+                if values:
+                    logs[name] = round(torch.stack(values).mean().item(), 5)
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Retrieval metrics and the loss on pairs.
+
+        Returns:
+            `{prefix}_mean_recall` (with the both-direction score where both directions are trained),
+            `{prefix}_{direction}/recall@1` and so on, `{prefix}_loss`.
+        """
+        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(pairs, LatentPairs):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start = time.time()
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluate_pairs(model, pairs).items()}
+        metrics[f"{metric_key_prefix}_loss"] = self._evaluation_loss(model, pairs)
+        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(pairs)))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _evaluation_loss(self, model, pairs: LatentPairs) -> float:
+        """Mean loss over directions; candidates are each batch's own targets."""
+        total, count = 0.0, 0
+        for direction in self.schedule.directions:
+            rows = np.arange(len(pairs.rows[direction]))
+            for index in np.array_split(rows, -(-len(rows) // self.args.per_device_eval_batch_size)):
+                batch = pairs.batch(direction, index)
+                matches = pairs.matches(direction, batch["source_rows"], batch["target_rows"])
+                latents = {m: x.to(self.args.device) for m, x in batch["latents"].items()}
+                loss = model(latents, direction, positives=matches.to(self.args.device), return_loss=True).loss
+                total, count = total + loss.item() * len(index), count + len(index)
+        return total / count
+
+    # ---------------------------------------------------------------- save and resume
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_adapters(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_adapters(self.state.best_model_checkpoint)
+
+    def _load_adapters(self, checkpoint) -> None:
+        """The stock Trainer restores the connector only."""
+        model = self.accelerator.unwrap_model(self.model)
+        for modality, encoder in model.encoders.items():
+            if os.path.isdir(os.path.join(checkpoint, f"adapter_{modality}")):
+                load_lora(encoder, str(checkpoint), modality, is_trainable=True)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Encoders are not in the checkpoint by design; anything else that is missing is an error."""
+        missing = [key for key in load_result.missing_keys if not key.startswith("encoders.")]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint does not fit the model: missing {missing[:5]}, unexpected "
+                f"{load_result.unexpected_keys[:5]}. Was it made with another recipe?"
+            )

@@ -120,7 +120,7 @@ def concept_of(label: str) -> str:
 def make_caption(concept: str, tags: Iterable[str]) -> str:
     """ "dog", ["pet", "dogs", "Pet", "guide_dog"] -> "dog, pet, guide dog": at most six tags that each add a word."""
     caption, said = [concept], _stems(concept)
-    for tag in map(to_words, tags):
+    for tag in map(concept_of, tags):
         if len(caption) > MAX_TAGS:
             break
         stems = _stems(tag)

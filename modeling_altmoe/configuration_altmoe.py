@@ -73,6 +73,7 @@ class AltMoEConfig(PreTrainedConfig):
             training (they have unit variance per component, so 0.5 is half their size).
         base (`str`): closed form under the experts: `"none"`, `"ridge"` or `"kernel"` (kernel ridge regression).
         base_features (`dict[str, int]`): features of the closed form for each direction; written when it is fitted.
+        scoring (`dict[str, dict]`): post-processing of scores by direction; written by `AltMoEModel.set_scoring`.
         head_scale (`float`): size of the experts' correction relative to the closed form's unit predictions.
         alpha (`float`): weight of the regression term; `1 - alpha` weighs the contrastive term (REFERENCE: 0.5).
         regression (`str`): `"cosine"`, `"mse"` (the paper) or `"smooth_l1"` (the authors' code).
@@ -101,6 +102,7 @@ class AltMoEConfig(PreTrainedConfig):
     latent_noise: float = 0.5
     base: str = "kernel"
     base_features: dict[str, int] | None = None
+    scoring: dict[str, Any] | None = None
     head_scale: float = 1.0
     alpha: float = 0.5
     regression: str = "cosine"
@@ -117,6 +119,7 @@ class AltMoEConfig(PreTrainedConfig):
         self.encoders = dict(self.encoders or {})
         self.directions = list(self.directions or [])
         self.base_features = dict(self.base_features or {})
+        self.scoring = dict(self.scoring or {})
         self._check()
         super().__post_init__(**kwargs)
 

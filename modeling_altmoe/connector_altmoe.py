@@ -97,6 +97,15 @@ class ClosedFormBase(nn.Module):
         return features @ self.weight + self.bias
 
 
+class ScoreBank(nn.Module):
+    """What the hubness correction of one direction needs: vectors of training items, never of queries."""
+
+    def __init__(self, queries: int, gallery: int, size: int):
+        super().__init__()
+        self.register_buffer("queries", torch.zeros(queries, size))
+        self.register_buffer("gallery", torch.zeros(gallery, size))
+
+
 @use_experts_implementation
 class AltMoEExperts(nn.Module):
     """N gated-linear-unit experts as three-dimensional weights: `act(gate x) * (up x)`, then `down`.
@@ -251,8 +260,12 @@ class AltMoEConnector(nn.Module):
         trust = self.trust[self.config.directions.index(direction)]
         # under a base, heads start at zero and their output is scaled to the base's size, so that a step of Adam
         # moves a unit prediction by a part of its length, whatever the width of the target
-        scale = trust if self.config.base == "none" else trust * self.config.head_scale / self.config.latent_size(target) ** 0.5
-        predictions = [head(mixed[:, term % gates]) * scale for term, head in enumerate(self.heads[target])]
+        scale = (
+            trust
+            if self.config.base == "none"
+            else trust * self.config.head_scale / self.config.latent_size(target) ** 0.5
+        )
+        predictions = [head(mixed[:, term % gates]) * (trust * scale) for term, head in enumerate(self.heads[target])]
         if base_prediction is None and direction in self.base:
             base_prediction = self.base[direction](self.source(latents, direction))
         if base_prediction is not None:

@@ -10,25 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .attaching_altmoe import (
-    adapters_off,
-    attach_lora,
-    describe_encoder,
-    freeze,
-    load_encoder,
-    load_lora,
-    save_encoder_parts,
-    verify_encoder,
-)
+from .attaching_altmoe import adapters_off, attach_lora, describe_encoder, freeze, load_encoder, verify_encoder
 from .configuration_altmoe import AltMoEConfig, unknown_name_message
-from .connector_altmoe import AltMoEConnector, AltMoEExperts, AltMoERouter, ClosedFormBase, DirectionOutput, Frame
+from .connector_altmoe import AltMoEConnector, DirectionOutput, ScoreBank
 from .encoding_altmoe import LatentProtocol, encode_latents
 from .loss_altmoe import (
     conditional_entropy,
@@ -38,8 +27,9 @@ from .loss_altmoe import (
     regression_loss,
     router_z_loss,
 )
+from .pretrained_altmoe import AltMoEPreTrainedModel
+from .scoring_altmoe import Postprocessing, reverse_direction, score_matrix
 
-HUB_KEYWORDS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 # tensors that accompany another tensor of the same modality
 COMPANIONS = {"attention_mask": "input_ids", "token_type_ids": "input_ids", "position_ids": "input_ids"}
 
@@ -71,48 +61,6 @@ class AltMoEOutput(ModelOutput):
     loss_terms: dict[str, torch.FloatTensor] | None = None
 
 
-class AltMoEPreTrainedModel(PreTrainedModel):
-    """Weights' initialisation and what transformers wants to know of the class."""
-
-    config_class = AltMoEConfig
-    base_model_prefix = ""
-    _no_split_modules = ["AltMoEExperts"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for the decorator in this file only; the experts live in connector_altmoe.py
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        std = self.config.initializer_range
-        if isinstance(module, AltMoEExperts):
-            init.normal_(module.gate_up_proj, std=module.gate_up_proj.shape[-1] ** -0.5)
-            init.normal_(module.down_proj, std=module.down_proj.shape[-1] ** -0.5)
-        elif isinstance(module, AltMoERouter):
-            for parameter in (module.weight, module.source_embedding, module.target_embedding):
-                init.normal_(parameter, std=std)
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, (Frame, ClosedFormBase)):
-            for name, buffer in module.named_buffers(recurse=False):
-                (init.ones_ if name in ("scale", "gamma") else init.zeros_)(buffer)
-        elif isinstance(module, AltMoEConnector):
-            init.ones_(module.trust)
-            if self.config.base != "none":
-                for heads in module.heads.values():
-                    for head in heads:
-                        init.zeros_(head.weight)
-        elif isinstance(module, AltMoEModel):
-            init.constant_(module.logit_scale, -float(torch.tensor(self.config.temperature).log()))
-            init.constant_(module.logit_bias, self.config.sigmoid_bias)
-
-
 class AltMoEModel(AltMoEPreTrainedModel):
     """
     Frozen single-modality encoders joined by one mixture-of-experts connector, trained one direction at a time.
@@ -135,6 +83,10 @@ class AltMoEModel(AltMoEPreTrainedModel):
         learn = config.learn_temperature
         self.logit_scale = nn.Parameter(torch.zeros(count), requires_grad=learn)  # log(1 / temperature)
         self.logit_bias = nn.Parameter(torch.zeros(count), requires_grad=config.contrastive == "sigmoid")
+        self.score_banks = nn.ModuleDict()
+        for direction, settings in config.scoring.items():
+            size = config.latent_size(config.resolve(direction)[1])
+            self.score_banks[direction] = ScoreBank(*settings["bank"], size)
         self.encoders = nn.ModuleDict()
         self.post_init()
 
@@ -293,6 +245,54 @@ class AltMoEModel(AltMoEPreTrainedModel):
         _, target = self.config.resolve(direction)
         self._check_latents(target, latents)
         return self.connector.frames[target].unit(latents)
+
+    def set_scoring(self, direction: str, post: Postprocessing) -> None:
+        """Keep what `fit_postprocessing` measured for a direction: it is saved with the model and used in search."""
+        size = self.config.latent_size(self.config.resolve(direction)[1])
+        nothing = torch.zeros(0, size)
+        queries, gallery = post.query_bank.get(direction, nothing), post.gallery_bank.get(direction, nothing)
+        bank = ScoreBank(len(queries), len(gallery), size).to(self.device)
+        bank.queries.copy_(queries)
+        bank.gallery.copy_(gallery)
+        self.score_banks[direction] = bank
+        self.config.scoring[direction] = {
+            "scale": post.scales[direction],
+            "reverse_weight": post.reverse_weight,
+            "beta": post.beta,
+            "top_k": post.top_k,
+            "bank": [len(queries), len(gallery)],
+        }
+
+    def postprocessing(self, direction: str) -> Postprocessing:
+        """How scores of a direction are post-processed; the plain cosine until `set_scoring` was called."""
+        self.config.resolve(direction)
+        settings = self.config.scoring.get(direction)
+        if settings is None:
+            return Postprocessing()
+        names = [name for name in (direction, reverse_direction(direction)) if name in self.config.scoring]
+        return Postprocessing(
+            scales={name: self.config.scoring[name]["scale"] for name in names},
+            reverse_weight=settings["reverse_weight"],
+            beta=settings["beta"],
+            top_k=settings["top_k"],
+            query_bank={name: self.score_banks[name].queries for name in names},
+            gallery_bank={name: self.score_banks[name].gallery for name in names},
+        )
+
+    @torch.no_grad()
+    def score(
+        self, direction: str, queries: dict[str, torch.Tensor] | torch.Tensor, gallery: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores `(queries, items)` as search and evaluation use them: both directions, corrected for hubness.
+
+        Args:
+            direction: e.g. `"image->text"`.
+            queries: source latents `{modality: (n, latent_size)}`, or the tensor alone.
+            gallery: target latents `(m, latent_size)`.
+        """
+        if isinstance(queries, torch.Tensor):
+            queries = {self.config.resolve(direction)[0][0]: queries}
+        return score_matrix(self, self.postprocessing(direction), direction, queries, gallery)
 
     @property
     def directions(self) -> list[str]:
@@ -458,112 +458,3 @@ class AltMoEModel(AltMoEPreTrainedModel):
             named["information_bound"] = information_bound(contrastive, positives)
         named["conditional_entropy"] = conditional_entropy(output.regression, framed)
         return loss, {name: value.detach() for name, value in named.items()}
-
-    # ---------------------------------------------------------------- save and load
-
-    def save_pretrained(self, save_directory, self_contained: bool = False, state_dict=None, push_to_hub=False, **kwargs):
-        """Save connector, configuration, code and LoRA weights; encoders stay in their own repositories.
-
-        Args:
-            save_directory: folder to write.
-            self_contained: also write every encoder (`encoder_<modality>/`), for machines without a Hub.
-            state_dict: weights to save instead of the model's own (as the Trainer passes them).
-            push_to_hub, kwargs: as in `PreTrainedModel.save_pretrained`.
-
-        Raises:
-            ValueError: if `self_contained` and an encoder is not attached.
-        """
-        absent = [m for m in self.config.modalities if m not in self.encoders]
-        entries = self.config.encoders
-        if self_contained and absent:
-            raise ValueError(f"self_contained=True needs the encoders of {absent}, which are not attached.")
-        os.makedirs(save_directory, exist_ok=True)
-        before = self._get_files_timestamps(save_directory)
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("encoders.")}
-        self.config.encoders = {m: {**entry, "self_contained": self_contained} for m, entry in entries.items()}
-        hub = {k: kwargs.pop(k) for k in ("repo_id", "commit_message", "revision", "create_pr") if k in kwargs}
-        private = kwargs.pop("private", None)
-        try:
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-        finally:
-            self.config.encoders = entries
-        if kwargs.get("is_main_process", True):
-            save_encoder_parts(self.encoders, self.config, save_directory, self_contained)
-            if push_to_hub:
-                from huggingface_hub import create_repo
-
-                token = kwargs.get("token")
-                name = hub.pop("repo_id", os.path.basename(os.fspath(save_directory).rstrip(os.sep)))
-                repo = create_repo(name, exist_ok=True, private=private, token=token).repo_id
-                self._upload_modified_files(save_directory, repo, before, token=token, **hub)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, load_encoders: bool = True, encoders=None, is_trainable=False, **kwargs
-    ):
-        """Load connector and encoders.
-
-        Args:
-            pretrained_model_name_or_path: Hub repository or local folder.
-            load_encoders: False loads the connector alone (enough for work on stored latents).
-            encoders: `{modality: Hub name, local folder or loaded model}` instead of the recorded ones.
-            is_trainable: LoRA weights may be trained on.
-            kwargs: as in `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            ValueError: foreign, truncated or incomplete checkpoint; an encoder that is not the recorded one.
-            OSError: checkpoint or encoder not found.
-        """
-        name = pretrained_model_name_or_path
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
-        place = {**hub, **{key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}}
-        if not isinstance(kwargs.get("config"), PreTrainedConfig):
-            fields, _ = PreTrainedConfig.get_config_dict(name, **place)
-            if fields.get("model_type") != cls.config_class.model_type:
-                raise ValueError(
-                    f"'{name}' holds a '{fields.get('model_type')}' model, not an altmoe checkpoint. "
-                    "To use it as an encoder: AltMoEModel.from_encoders({modality: name})."
-                )
-        wants_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The weights in '{name}' are damaged or truncated ({error}). Download or save the checkpoint again."
-            ) from error
-        missing = [key for key in info["missing_keys"] if not key.startswith("encoders.")]
-        if missing or info["unexpected_keys"] or info.get("mismatched_keys"):
-            raise ValueError(
-                f"'{name}' is not a complete altmoe checkpoint: missing {sorted(missing)[:5]}, unexpected "
-                f"{sorted(info['unexpected_keys'])[:5]}. Weights would be random; save the checkpoint again."
-            )
-        for parameter in [*model.parameters(), *model.buffers()]:
-            # memory-mapped weights start at odd addresses, where matrix products may round differently
-            parameter.data = parameter.data.clone()
-        for modality in encoders or {}:
-            model.config.latent_size(modality)
-        for modality, entry in model.config.encoders.items():
-            given = (encoders or {}).get(modality)
-            if given is None and not (load_encoders and (entry.get("self_contained") or entry.get("name_or_path"))):
-                continue
-            encoder = given
-            if not isinstance(given, nn.Module):
-                own = given is None and entry.get("self_contained")
-                source = name if own else (given or entry["name_or_path"])
-                where = {"subfolder": f"encoder_{modality}"} if own else {}
-                revision = kwargs.get("revision") if own else (entry.get("revision") if given is None else None)
-                encoder, _ = load_encoder(
-                    source,
-                    entry.get("protocol"),
-                    config=entry.get("config"),
-                    revision=revision,
-                    what=f"{modality} encoder",
-                    **where,
-                    **hub,
-                )
-            model.attach_encoder(modality, encoder)
-            if entry.get("lora"):
-                load_lora(encoder, name, modality, is_trainable, **{k: v for k, v in place.items() if k != "subfolder"})
-        model.eval()
-        return (model, info) if wants_info else model

@@ -145,7 +145,9 @@ def test_kernel_base_is_the_gaussian_kernel_on_unit_vectors():
     model.connector.set_base("image->text", weight, torch.zeros(16), landmarks, gamma=3.0)
     unit = model.connector.source(latents, "image->text")
     gaussian = torch.exp(-3.0 * torch.cdist(unit, landmarks).square() / 2)
-    torch.testing.assert_close(model.connector(latents, "image->text").contrastive, gaussian @ weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.connector(latents, "image->text").contrastive, gaussian @ weight, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_noise_and_dropout_act_in_training_only():

@@ -116,7 +116,10 @@ def test_the_same_concept_in_any_spelling_is_one_group(label, concept):
 
 
 def test_caption_is_the_name_and_tags_that_each_add_a_word():
-    assert make_caption("dog", ["Dogs", "pet", "*", "Pet", "guide_dog", "pet-dog", "狗", "42"]) == "dog, pet, guide dog"
+    assert (
+        make_caption("dog", ["Dogs", "pet", "*", "", "dog 01", "Pet", "guide_dog", "pet-dog", "狗", "42"])
+        == "dog, pet, guide dog"
+    )
     assert make_caption("dog", []) == "dog"
     many = make_caption("dog", [f"tag{letter}" for letter in "abcdefghij"])
     assert many.split(", ") == ["dog", "taga", "tagb", "tagc", "tagd", "tage", "tagf"]

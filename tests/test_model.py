@@ -226,7 +226,9 @@ def test_missing_encoder_is_named(tmp_path):
 
 def test_mistakes_are_found_before_weights_are_loaded(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'image'"):
-        AltMoEModel.from_encoders({"image": str(tmp_path / "no"), "text": str(tmp_path / "no")}, ["imag->text"], **SIZES)
+        AltMoEModel.from_encoders(
+            {"image": str(tmp_path / "no"), "text": str(tmp_path / "no")}, ["imag->text"], **SIZES
+        )
 
 
 def test_an_encoder_with_random_weights_is_refused(tmp_path):

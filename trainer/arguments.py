@@ -39,7 +39,9 @@ class AltMoEArguments(TrainingArguments):
     """Settings of a run: data, connector, loss, alternation, and all of transformers' `TrainingArguments`."""
 
     # data
-    stores: dict | str | None = _help("LatentStores by modality: {image: folder, text: folder} (JSON on the command line)", None)
+    stores: dict | str | None = _help(
+        "LatentStores by modality: {image: folder, text: folder} (JSON on the command line)", None
+    )
     directions: list[str] | None = _help("directions to train, e.g. image->text; default: every ordered pair", None)
     split_seed: int = _help("seed of the split by concept", 0)
     test_fraction: float = _help("share of concepts kept for the final evaluation; never used in training", 0.2)
@@ -108,7 +110,9 @@ class AltMoEArguments(TrainingArguments):
                 try:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"--{name} {value!r} is not JSON ({error}). Example: '{{\"image\": \"folder\"}}'.") from error
+                    raise ValueError(
+                        f'--{name} {value!r} is not JSON ({error}). Example: \'{{"image": "folder"}}\'.'
+                    ) from error
         if self.negatives not in ("batch", "store"):
             raise ValueError(unknown_name_message("negatives", self.negatives, ("batch", "store")))
         if self.schedule not in SCHEDULES:

@@ -34,15 +34,23 @@ class EncodeArguments:
     modality: str = field(metadata={"help": "name of the modality, e.g. image, text, audio"})
     column: str | None = field(default=None, metadata={"help": "column to encode (default: the modality's name)"})
     split: str = field(default="train", metadata={"help": "split of a data set that has several"})
-    id_column: str = field(default="id", metadata={"help": "unique ids (default: id; without such a column, the row number)"})
-    keep: list[str] | None = field(default=None, metadata={"help": "columns kept beside the latents (default: all plain ones)"})
+    id_column: str = field(
+        default="id", metadata={"help": "unique ids (default: id; without such a column, the row number)"}
+    )
+    keep: list[str] | None = field(
+        default=None, metadata={"help": "columns kept beside the latents (default: all plain ones)"}
+    )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the encoder"})
     pooling: str = field(default="mean", metadata={"help": f"pooling over tokens: {', '.join(POOLINGS)}"})
-    layers: list[int] | None = field(default=None, metadata={"help": "hidden states to average, e.g. -2 -1 (default: the last)"})
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "hidden states to average, e.g. -2 -1 (default: the last)"}
+    )
     prompt: str = field(default="", metadata={"help": "text put before every caption"})
     normalize: bool = field(default=True, metadata={"help": "divide latents by their L2 norm"})
     dtype: str = field(default="float32", metadata={"help": "stored as float32 or float16"})
-    batch_size: int = field(default=32, metadata={"help": "items a batch"})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "items a batch (default: 64 on a GPU; on a CPU 4 pictures or sounds, 32 texts)"}
+    )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ... or auto"})
     limit: int | None = field(default=None, metadata={"help": "encode only the first so many items"})
     strict: bool = field(default=False, metadata={"help": "end at the first bad item instead of skipping it"})
@@ -126,7 +134,9 @@ def encode(arguments: EncodeArguments) -> dict:
     fields = {"pooling": arguments.pooling, "layers": tuple(arguments.layers or (-1,)), "prompt": arguments.prompt}
     fields["normalize"] = arguments.normalize
     LatentProtocol.from_dict(fields)  # before weights are loaded
-    encoder, commit = load_encoder(arguments.encoder, fields, revision=arguments.revision, what=f"{arguments.modality} encoder")
+    encoder, commit = load_encoder(
+        arguments.encoder, fields, revision=arguments.revision, what=f"{arguments.modality} encoder"
+    )
     hub_kwargs = {"revision": commit} if commit else {}
     own = load_processor(arguments.encoder, encoder, **hub_kwargs)
     name = os.path.abspath(arguments.encoder) if os.path.isdir(arguments.encoder) else arguments.encoder
@@ -139,6 +149,12 @@ def encode(arguments: EncodeArguments) -> dict:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
+    size = arguments.batch_size
+    if device == "cpu" and processor.kind(arguments.modality) != "text":
+        # measured on two cores: small batches stay in the cache, and convolutions like channels last (2-3 times faster)
+        encoder.to(memory_format=torch.channels_last)
+        size = size or 4
+    size = size or (64 if device != "cpu" else 32)
 
     has_ids = arguments.id_column in data.column_names
     ids = [str(v) for v in data[arguments.id_column]] if has_ids else [str(i) for i in range(len(data))]
@@ -151,8 +167,8 @@ def encode(arguments: EncodeArguments) -> dict:
             lengths = [len(str(text)) for text in data[column]]
             rows.sort(key=lambda row: lengths[row])
         bar = tqdm(total=len(rows), desc=f"encoding {arguments.modality}", unit="item")
-        for start in range(0, len(rows), arguments.batch_size):
-            batch = rows[start : start + arguments.batch_size]
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
             good, items = [], []
             for row, item in zip(batch, data[batch][column], strict=True):
                 try:
@@ -160,7 +176,9 @@ def encode(arguments: EncodeArguments) -> dict:
                     good.append(row)
                 except ItemError as error:
                     if arguments.strict:
-                        raise ItemError(f"item {row} (id '{ids[row]}'): {error}. Without --strict it is skipped.") from error
+                        raise ItemError(
+                            f"item {row} (id '{ids[row]}'): {error}. Without --strict it is skipped."
+                        ) from error
                     skipped.append((row, str(error)))
                     tqdm.write(f"skipped item {row} (id '{ids[row]}'): {error}")
             if good:

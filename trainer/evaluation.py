@@ -1,45 +1,30 @@
-"""Retrieval evaluation that every method shares: splits, one scoring rule, one post-processing, one table.
+"""Retrieval evaluation that every method shares: splits, one post-processing, one set of metrics, one table.
 
 In: a fitted `Retriever` (our model or any baseline), latents and which items belong together. Out: metrics. Nothing is
 trained here, and nothing ever looks at test queries except to score each of them on its own: scales, the hubness bank
-and its strength come from training and validation data only (`fit_postprocessing`).
-
-The score of a pair (x_i, y_j), searched in direction x->y, is
-
-    S_ij = [q_xy(x_i).g_xy(y_j) - beta r_xy(j)] / s_xy  +  w [q_yx(y_j).g_yx(x_i) - beta r_yx(j)] / s_yx
-
-q, g: query and gallery vectors of the retriever. s: standard deviation of the scores of non-matching validation pairs.
-r(j): mean of the k highest similarities of item j to the *training* items of the query side (the hubness term of CSLS,
-Conneau et al. 2018, "Word translation without parallel data", eq. 2-3, with a fixed bank as in Nearest Neighbor
-Normalization, Chowdhury et al. 2024), so one stored scalar per gallery item and direction. w = 0 is the plain
-one-direction score; w = 1 lets both directions vote. The term of the query in CSLS is constant per query and left out.
+and its strength come from training and validation data only (`fit_postprocessing`). The scoring rule itself is
+`modeling_altmoe/scoring_altmoe.py`, because search uses the same one.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modeling_altmoe.scoring_altmoe import (
+    Postprocessing,
+    Retriever,
+    item_vectors,
+    query_vectors,
+    score_matrix,
+)
 from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import retrieval_metrics
 
 KS = (1, 5, 10)
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIR = ("image", "text")
-
-
-class Retriever(Protocol):
-    """What a method must offer to be evaluated. All vectors are L2-normalised; the score is their inner product."""
-
-    directions: list[str]
-
-    def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
-        """Source latents `{modality: (n, d_source)}` -> query vectors `(n, d)`."""
-
-    def gallery(self, direction: str, latents: Tensor) -> Tensor:
-        """Target latents `(m, d_target)` -> gallery vectors `(m, d)`."""
 
 
 @dataclass(frozen=True)
@@ -81,100 +66,6 @@ class RetrievalData:
         if direction not in self.directions():
             raise ValueError(f"this data is for {self.directions()}, got direction {direction!r}")
         return self.relevant if direction == self.directions()[0] else self.relevant.T
-
-
-@dataclass
-class Postprocessing:
-    """Everything `score_matrix` needs besides the retriever; made by `fit_postprocessing`, never from test data.
-
-    Attributes:
-        scales: `{direction: standard deviation of non-matching validation scores}`.
-        reverse_weight: w above; 0 scores in one direction.
-        beta: strength of the hubness correction; 0 is none.
-        top_k: k of the hubness term.
-        query_bank: `{direction: (B, d)}` query vectors of training items.
-        gallery_bank: `{direction: (B, d)}` gallery vectors of training items.
-        validation_mean_recall: what the chosen settings reached on validation.
-    """
-
-    scales: dict[str, float] = field(default_factory=dict)
-    reverse_weight: float = 0.0
-    beta: float = 0.0
-    top_k: int = 10
-    query_bank: dict[str, Tensor] = field(default_factory=dict)
-    gallery_bank: dict[str, Tensor] = field(default_factory=dict)
-    validation_mean_recall: float | None = None
-
-    def as_dict(self) -> dict:
-        """The chosen settings without the banks, for logs and cards."""
-        names = ("scales", "reverse_weight", "beta", "top_k", "validation_mean_recall")
-        return {name: getattr(self, name) for name in names}
-
-
-def reverse_direction(direction: str) -> str | None:
-    """`"image->text"` -> `"text->image"`; `None` where several sources are fused (nothing to predict back)."""
-    source, arrow, target = direction.partition("->")
-    if not (source and arrow and target):
-        raise ValueError(f'a direction is "source[+source...]->target", got {direction!r}')
-    return None if "+" in source else f"{target}->{source}"
-
-
-def hubness(items: Tensor, bank: Tensor, top_k: int = 10) -> Tensor:
-    """Mean of the `top_k` highest similarities of each item `(m, d)` to the bank `(B, d)`: `(m,)`."""
-    count = min(top_k, len(bank))
-    return torch.cat([(part @ bank.T).topk(count, dim=1).values.mean(dim=1) for part in items.split(1024)])
-
-
-def _terms(
-    retriever: Retriever, post: Postprocessing, direction: str, queries: dict[str, Tensor], gallery: Tensor
-) -> list[tuple[Tensor, Tensor | None, float]]:
-    """`(scores (n, m), hubness (m,) or None, scale)` of the own and, if there is one, the reverse direction."""
-    if direction not in retriever.directions:
-        raise ValueError(f"this retriever serves {retriever.directions}, got direction {direction!r}")
-    own_items = retriever.gallery(direction, gallery)
-    own = retriever.queries(direction, queries) @ own_items.T
-    bank = post.query_bank.get(direction)
-    terms = [(own, None if bank is None else hubness(own_items, bank, post.top_k), post.scales.get(direction, 1.0))]
-    reverse = reverse_direction(direction)
-    if reverse in retriever.directions:
-        source, _, target = direction.partition("->")
-        items = retriever.queries(reverse, {target: gallery})  # what each gallery item predicts on the query side
-        back = retriever.gallery(reverse, queries[source]) @ items.T
-        bank = post.gallery_bank.get(reverse)
-        hub = None if bank is None else hubness(items, bank, post.top_k)
-        terms.append((back, hub, post.scales.get(reverse, 1.0)))
-    return terms
-
-
-def _combine(terms, reverse_weight: float, beta: float) -> Tensor:
-    total = 0.0
-    for weight, (scores, hub, scale) in zip((1.0, reverse_weight), terms, strict=False):
-        if weight:
-            total = total + weight * (scores if hub is None or not beta else scores - beta * hub) / scale
-    return total
-
-
-@torch.no_grad()
-def score_matrix(
-    retriever: Retriever, post: Postprocessing | None, direction: str, queries: dict[str, Tensor], gallery: Tensor
-) -> Tensor:
-    """Scores of every query for every gallery item; each row depends on its own query only.
-
-    Args:
-        post: `None` for the plain one-direction cosine.
-        queries: source latents `{modality: (n, d_source)}`.
-        gallery: target latents `(m, d_target)`.
-
-    Returns:
-        `(n, m)`.
-
-    Raises:
-        ValueError: a direction the retriever does not serve, or hubness asked for without a bank.
-    """
-    post = post or Postprocessing()
-    if post.beta and direction not in post.query_bank:
-        raise ValueError(f"beta is {post.beta} but there is no bank of training queries for {direction!r}")
-    return _combine(_terms(retriever, post, direction, queries, gallery), post.reverse_weight, post.beta)
 
 
 @torch.no_grad()
@@ -242,35 +133,44 @@ def fit_postprocessing(
         raise ValueError("betas and reverse_weights need at least one value each")
     if validation.relevant.all():
         raise ValueError("every validation pair matches: the scale of non-matching scores cannot be measured")
-    post = Postprocessing(top_k=top_k)
+    post = Postprocessing(top_k=top_k, scales=_scales(retriever, validation, directions))
     if correct_hubness:
         bank = {modality: _sample(train, modality, max_bank, seed) for modality in validation.pair}
         for direction in directions:
             source, _, target = direction.partition("->")
             post.query_bank[direction] = retriever.queries(direction, {source: bank[source]})
             post.gallery_bank[direction] = retriever.gallery(direction, bank[target])
-    terms = {}
+    best = (-1.0, 0.0, 0.0)
+    for weight in reverse_weights if both_directions else (0.0,):
+        post.reverse_weight, post.beta = weight, float(correct_hubness)
+        parts = {}  # the score is linear in beta: its two parts are computed once
+        for direction in directions:
+            source, _, target = direction.partition("->")
+            found = query_vectors(retriever, post, direction, {source: validation.latents[source]})
+            items = item_vectors(retriever, post, direction, validation.latents[target])
+            parts[direction] = found[:, :-1] @ items[:, :-1].T, items[:, -1]
+        for beta in betas if correct_hubness else (0.0,):
+            result = {
+                direction: _metrics(scores + beta * correction, validation.relevant_for(direction), ks)
+                for direction, (scores, correction) in parts.items()
+            }
+            best = max(
+                best, (_with_mean(result, retriever, validation)["mean_recall"], weight, beta), key=lambda b: b[0]
+            )
+    post.validation_mean_recall, post.reverse_weight, post.beta = best
+    return post
+
+
+def _scales(retriever: Retriever, data: RetrievalData, directions: list[str]) -> dict[str, float]:
+    """Standard deviation of each direction's scores of non-matching pairs."""
+    scales = {}
     for direction in directions:
         source, _, target = direction.partition("->")
-        latents = validation.latents
-        terms[direction] = _terms(retriever, post, direction, {source: latents[source]}, latents[target])
-        post.scales[direction] = float(terms[direction][0][0][~validation.relevant_for(direction)].std(correction=0))
-        if not post.scales[direction] > 0:
+        scores = score_matrix(retriever, None, direction, {source: data.latents[source]}, data.latents[target])
+        scales[direction] = float(scores[~data.relevant_for(direction).to(scores.device)].std(correction=0))
+        if not scales[direction] > 0:
             raise ValueError(f"all non-matching validation scores of {direction} are equal: the retriever is constant")
-    best = None
-    for weight in reverse_weights if both_directions else (0.0,):
-        for beta in betas if correct_hubness else (0.0,):
-            result = {}
-            for direction in directions:
-                scales = (post.scales[direction], post.scales.get(reverse_direction(direction), 1.0))
-                scaled = [(s, hub, scale) for (s, hub, _), scale in zip(terms[direction], scales, strict=False)]
-                scores = _combine(scaled, weight, beta)
-                result[direction] = _metrics(scores, validation.relevant_for(direction), ks)
-            value = _with_mean(result, retriever, validation)["mean_recall"]
-            if best is None or value > best:
-                best = value
-                post.reverse_weight, post.beta, post.validation_mean_recall = weight, beta, value
-    return post
+    return scales
 
 
 def _sample(train: dict[str, Tensor], modality: str, max_bank: int, seed: int) -> Tensor:

@@ -51,7 +51,9 @@ class LatentPairs(Dataset):
                 raise ValueError(f"{modality}: {len(rows)} latents, but {given} keys. Every row needs one key.")
             if not torch.isfinite(rows).all():
                 bad = (~torch.isfinite(rows).all(-1)).nonzero().flatten().tolist()
-                raise ValueError(f"{modality}: NaN or infinity in {len(bad)} latents, rows {bad[:5]}. Encode them again.")
+                raise ValueError(
+                    f"{modality}: NaN or infinity in {len(bad)} latents, rows {bad[:5]}. Encode them again."
+                )
         self.keys = {modality: list(map(str, keys[modality])) for modality in self.latents}
         flat, self.key_names = _codes(key for modality in self.latents for key in self.keys[modality])
         ends = np.cumsum([len(rows) for rows in self.latents.values()])[:-1]

@@ -15,8 +15,8 @@ from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor, LatentSt
 from modeling_altmoe.configuration_altmoe import parse_direction
 from trainer.arguments import OWN_FIELDS, AltMoEArguments, parse_arguments
 from trainer.encode import MAIN_INPUTS
-from trainer.evaluation import fit_scoring, fit_trust
 from trainer.fitting import fit_bases, fit_frames
+from trainer.measuring import evaluate_pairs, fit_scoring, fit_trust
 from trainer.pairs import LatentPairs
 from trainer.trainer import AltMoETrainer, last_complete_checkpoint
 
@@ -96,7 +96,9 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
     found = last_complete_checkpoint(arguments.output_dir)
     if resume and str(resume).lower() in ("true", "yes", "1"):
         resume = found
-        print(f"resuming from {found}" if found else f"no complete checkpoint in '{arguments.output_dir}': starting anew")
+        print(
+            f"resuming from {found}" if found else f"no complete checkpoint in '{arguments.output_dir}': starting anew"
+        )
     elif resume and str(resume).lower() in ("false", "no", "0"):
         resume = None
     if found and not resume:
@@ -118,7 +120,9 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
     fit_frames(model, parts["train"])
     out_of_sample = None
     if model.config.base != "none":
-        out_of_sample = fit_bases(model, parts["train"], arguments.max_landmarks, arguments.seed, arguments.process_index == 0)
+        out_of_sample = fit_bases(
+            model, parts["train"], arguments.max_landmarks, arguments.seed, arguments.process_index == 0
+        )
 
     trainer = AltMoETrainer(
         model,
@@ -135,7 +139,8 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
         if arguments.fit_trust and model.config.base != "none":
             metrics["trust"] = fit_trust(model, parts["validation"])
         fit_scoring(model, parts["train"], parts["validation"])
-        metrics.update(trainer.evaluate())
+        final = evaluate_pairs(model, parts["validation"], scored=True)
+        metrics.update({f"eval_{name}": value for name, value in final.items()})
     trainer.save_model(arguments.output_dir)
     if trainer.is_world_process_zero():
         write_recipe(arguments, arguments.output_dir)

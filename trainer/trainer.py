@@ -21,7 +21,7 @@ from transformers.trainer_utils import speed_metrics
 from modeling_altmoe.attaching_altmoe import load_lora
 from modeling_altmoe.configuration_altmoe import unknown_name_message
 from trainer.arguments import AltMoEArguments
-from trainer.evaluation import evaluate_pairs
+from trainer.measuring import evaluate_pairs
 from trainer.pairs import LatentPairs
 from trainer.schedules import DirectionSchedule
 
@@ -78,15 +78,21 @@ class AltMoETrainer(Trainer):
         ValueError: unknown direction in `direction_learning_rates`, or evaluation asked for without validation pairs.
     """
 
-    def __init__(self, model, args: AltMoEArguments, train_dataset: Dataset, eval_dataset=None, out_of_sample=None, **kwargs):
+    def __init__(
+        self, model, args: AltMoEArguments, train_dataset: Dataset, eval_dataset=None, out_of_sample=None, **kwargs
+    ):
         directions = model.config.directions
         for direction in args.direction_learning_rates or {}:
             if direction not in directions:
-                raise ValueError(f"direction_learning_rates: {unknown_name_message('direction', direction, directions)}")
+                raise ValueError(
+                    f"direction_learning_rates: {unknown_name_message('direction', direction, directions)}"
+                )
         if args.eval_strategy != "no" and eval_dataset is None:
-            raise ValueError("eval_strategy needs validation pairs: raise validation_fraction, or set eval_strategy: no.")
+            raise ValueError(
+                "eval_strategy needs validation pairs: raise validation_fraction, or set eval_strategy: no."
+            )
         if isinstance(train_dataset, LatentPairs):
-            kwargs.setdefault("data_collator", torch.tensor)
+            kwargs.setdefault("data_collator", lambda items: {"index": torch.tensor(items)})
         self.schedule = DirectionSchedule(
             directions, args.schedule, args.seed, args.block_steps, args.direction_weights
         )
@@ -108,7 +114,7 @@ class AltMoETrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if isinstance(self.train_dataset, LatentPairs):
-            loss, output = self._loss_on_pairs(model, inputs)
+            loss, output = self._loss_on_pairs(model, inputs["index"])
         else:
             output = model(**inputs, direction=self.direction, return_loss=True)
             loss = output.loss

@@ -124,7 +124,7 @@ class CrossModalRetrieval(evaluate.Metric):
         lengths = {len(row) for row in predictions}
         if len(lengths) > 1:
             raise ValueError(f"every query must score the whole gallery, got rows of lengths {sorted(lengths)}")
-        scores = np.asarray(predictions, dtype=np.float64).reshape(len(predictions), -1 if lengths != {0} else 0)
+        scores = np.asarray(predictions, dtype=np.float64).reshape(len(predictions), max(lengths, default=0))
         relevant = np.zeros(scores.shape, dtype=bool)
         for query, items in enumerate(references):
             index = np.asarray(items, dtype=np.int64)

@@ -1,0 +1,149 @@
+"""How a query and an item are scored: one rule for our model, for every baseline, in evaluation and in search.
+
+Comes in: a `Retriever` (query vectors and gallery vectors for a direction) and a `Postprocessing` measured on training
+and validation data. Goes out: scores. Nothing here ever looks at other queries: each is scored on its own.
+
+The score of a pair (x_i, y_j), searched in direction x->y, is
+
+    S_ij = [q_xy(x_i).g_xy(y_j) - beta r_xy(j)] / s_xy  +  w [q_yx(y_j).g_yx(x_i) - beta r_yx(j)] / s_yx
+
+q, g: query and gallery vectors of the retriever. s: standard deviation of the scores of non-matching validation pairs.
+r(j): mean of the k highest similarities of item j to the *training* items of the query side (the hubness term of CSLS,
+Conneau et al. 2018, "Word translation without parallel data", eq. 2-3, with a fixed bank as in Nearest Neighbor
+Normalization, Chowdhury et al. 2024), so one stored scalar per gallery item and direction. w = 0 is the plain
+one-direction score; w = 1 lets both directions vote. The term of the query in CSLS is constant per query and left out.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Retriever(Protocol):
+    """What a method must offer to be evaluated. All vectors are L2-normalised; the score is their inner product."""
+
+    directions: list[str]
+
+    def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
+        """Source latents `{modality: (n, d_source)}` -> query vectors `(n, d)`."""
+
+    def gallery(self, direction: str, latents: Tensor) -> Tensor:
+        """Target latents `(m, d_target)` -> gallery vectors `(m, d)`."""
+
+
+@dataclass
+class Postprocessing:
+    """Everything `score_matrix` needs besides the retriever; made by `fit_postprocessing`, never from test data.
+
+    Attributes:
+        scales: `{direction: standard deviation of non-matching validation scores}`.
+        reverse_weight: w above; 0 scores in one direction.
+        beta: strength of the hubness correction; 0 is none.
+        top_k: k of the hubness term.
+        query_bank: `{direction: (B, d)}` query vectors of training items.
+        gallery_bank: `{direction: (B, d)}` gallery vectors of training items.
+        validation_mean_recall: what the chosen settings reached on validation.
+    """
+
+    scales: dict[str, float] = field(default_factory=dict)
+    reverse_weight: float = 0.0
+    beta: float = 0.0
+    top_k: int = 10
+    query_bank: dict[str, Tensor] = field(default_factory=dict)
+    gallery_bank: dict[str, Tensor] = field(default_factory=dict)
+    validation_mean_recall: float | None = None
+
+    def as_dict(self) -> dict:
+        """The chosen settings without the banks, for logs and cards."""
+        names = ("scales", "reverse_weight", "beta", "top_k", "validation_mean_recall")
+        return {name: getattr(self, name) for name in names}
+
+
+def reverse_direction(direction: str) -> str | None:
+    """`"image->text"` -> `"text->image"`; `None` where several sources are fused (nothing to predict back)."""
+    source, arrow, target = direction.partition("->")
+    if not (source and arrow and target):
+        raise ValueError(f'a direction is "source[+source...]->target", got {direction!r}')
+    return None if "+" in source else f"{target}->{source}"
+
+
+def hubness(items: Tensor, bank: Tensor, top_k: int = 10) -> Tensor:
+    """Mean of the `top_k` highest similarities of each item `(m, d)` to the bank `(B, d)`: `(m,)`."""
+    count = min(top_k, len(bank))
+    return torch.cat([(part @ bank.T).topk(count, dim=1).values.mean(dim=1) for part in items.split(1024)])
+
+
+def _reverse(retriever: Retriever, post: Postprocessing, direction: str) -> str | None:
+    """The reverse direction if it is served and counts."""
+    if direction not in retriever.directions:
+        raise ValueError(f"this retriever serves {retriever.directions}, got direction {direction!r}")
+    reverse = reverse_direction(direction)
+    return reverse if post.reverse_weight and reverse in retriever.directions else None
+
+
+@torch.no_grad()
+def query_vectors(retriever: Retriever, post: Postprocessing, direction: str, queries: dict[str, Tensor]) -> Tensor:
+    """Queries such that `query_vectors @ item_vectors.T` is the whole score: `(n, d_target [+ d_source] + 1)`.
+
+    So the both-direction score with its hubness correction is one inner product, and any index that searches inner
+    products finds it exactly, in one pass.
+
+    Args:
+        queries: source latents `{modality: (n, d_source)}`.
+
+    Raises:
+        ValueError: a direction the retriever does not serve.
+    """
+    reverse = _reverse(retriever, post, direction)
+    parts = [retriever.queries(direction, queries) / post.scales.get(direction, 1.0)]
+    if reverse:
+        source = direction.partition("->")[0]
+        weight = post.reverse_weight / post.scales.get(reverse, 1.0)
+        parts.append(retriever.gallery(reverse, queries[source]) * weight)
+    return torch.cat([*parts, parts[0].new_ones(len(parts[0]), 1)], dim=-1)
+
+
+@torch.no_grad()
+def item_vectors(retriever: Retriever, post: Postprocessing, direction: str, gallery: Tensor) -> Tensor:
+    """Gallery items, ready to be searched: see `query_vectors`. The last component is the hubness correction.
+
+    Args:
+        gallery: target latents `(m, d_target)`.
+
+    Raises:
+        ValueError: a direction the retriever does not serve, or hubness asked for without a bank.
+    """
+    if post.beta and direction not in post.query_bank:
+        raise ValueError(f"beta is {post.beta} but there is no bank of training queries for {direction!r}")
+    reverse = _reverse(retriever, post, direction)
+    parts = [retriever.gallery(direction, gallery)]
+    correction = parts[0].new_zeros(len(gallery))
+    if post.beta:
+        correction -= hubness(parts[0], post.query_bank[direction], post.top_k) / post.scales.get(direction, 1.0)
+    if reverse:
+        target = direction.partition("->")[2]
+        parts.append(retriever.queries(reverse, {target: gallery}))  # what each item predicts on the query side
+        if post.beta:
+            weight = post.reverse_weight / post.scales.get(reverse, 1.0)
+            correction -= weight * hubness(parts[1], post.gallery_bank[reverse], post.top_k)
+    return torch.cat([*parts, post.beta * correction[:, None]], dim=-1)
+
+
+def score_matrix(
+    retriever: Retriever, post: Postprocessing | None, direction: str, queries: dict[str, Tensor], gallery: Tensor
+) -> Tensor:
+    """Scores of every query for every gallery item, `(n, m)`; each row depends on its own query only.
+
+    Args:
+        post: `None` for the plain one-direction cosine.
+        queries: source latents `{modality: (n, d_source)}`.
+        gallery: target latents `(m, d_target)`.
+
+    Raises:
+        ValueError: a direction the retriever does not serve, or hubness asked for without a bank.
+    """
+    post = post or Postprocessing()
+    items = item_vectors(retriever, post, direction, gallery)
+    return query_vectors(retriever, post, direction, queries) @ items.T

@@ -1,0 +1,64 @@
+"""The `altmoe` command: encode, train, evaluate, search, publish. Errors for users are one sentence."""
+
+import argparse
+import sys
+
+COMMANDS = {
+    "encode": "run every item of a data set through a frozen encoder, once, into a LatentStore",
+    "train": "train a connector on stored latents (a recipe and flags)",
+    "evaluate": "measure a trained connector on held-out pairs, beside simpler methods",
+    "search": "search a LatentStore with a text, a picture or a sound",
+    "publish": "write a folder that is ready for the Hub: weights, code, card, examples",
+}
+USAGE = "usage: altmoe COMMAND ...\n\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+
+
+def _dataclass_command(name: str, rest: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from trainer import encode, evaluate, publish
+
+    kinds = {
+        "encode": (encode.EncodeArguments, encode.main),
+        "evaluate": (evaluate.EvaluateArguments, evaluate.main),
+        "publish": (publish.PublishArguments, publish.main),
+    }
+    kind, run = kinds[name]
+    parser = HfArgumentParser(kind, prog=f"altmoe {name}", description=COMMANDS[name], allow_abbrev=False)
+    run(parser.parse_args_into_dataclasses(rest)[0])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Dispatch to a command; libraries are loaded only then, so that `--help` is quick."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE + "\n\n'altmoe COMMAND --help' explains each.")
+        raise SystemExit(0 if arguments else 2)
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        print(f"error: unknown command '{name}'.{hint}\n\n{USAGE}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        if name == "train":
+            from trainer.train import main as train
+
+            train(rest)
+        elif name == "search":
+            from trainer import search
+
+            parser = argparse.ArgumentParser(prog="altmoe search", description=COMMANDS[name], allow_abbrev=False)
+            search.add_arguments(parser)
+            search.main(parser.parse_args(rest))
+        else:
+            _dataclass_command(name, rest)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""`altmoe evaluate`: a finished model on the test split it never saw, beside the simpler methods on the same split.
+
+Comes in: the folder that `altmoe train` wrote (its recipe says which stores and which split). Goes out: a table and a
+JSON file. Every method gets the same split, the same validation pairs and the same post-processing.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from modeling_altmoe import AltMoEModel
+from trainer.baselines import BASELINES
+from trainer.evaluation import evaluate_variants, format_table
+from trainer.measuring import modality_pairs, retrieval_data
+from trainer.pairs import LatentPairs
+from trainer.train import RECIPE, open_stores
+
+DEFAULT_BASELINES = ("chance", "ridge", "kernel_ridge", "cca", "linear_infonce")
+SHOWN = ("one_direction", "both_directions", "both_directions+hubness")
+
+
+@dataclass
+class EvaluateArguments:
+    """Measure a finished model on held-out pairs."""
+
+    model: str = field(metadata={"help": "folder written by 'altmoe train'"})
+    stores: str | None = field(default=None, metadata={"help": "LatentStores as JSON (default: those of the recipe)"})
+    baselines: list[str] = field(
+        default_factory=lambda: list(DEFAULT_BASELINES),
+        metadata={"help": f"methods beside it: {', '.join(DEFAULT_BASELINES)}, or none"},
+    )
+    part: str = field(default="test", metadata={"help": "which part of the split: test or validation"})
+    json: str | None = field(
+        default=None, metadata={"help": "JSON file to write (default: evaluation.json in the model)"}
+    )
+
+
+def read_run(folder: str) -> dict:
+    """The recipe a model was trained with.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    path = Path(folder) / RECIPE
+    if not path.is_file():
+        raise FileNotFoundError(f"'{folder}' has no {RECIPE}: expected a folder written by 'altmoe train'.")
+    return yaml.safe_load(path.read_text())
+
+
+def evaluate(arguments: EvaluateArguments) -> dict:
+    """Measure the model and the baselines.
+
+    Returns:
+        `{"protocol": ..., "results": {pair: {method: {variant: metrics}}}}`.
+
+    Raises:
+        ValueError: unknown baseline or part, or stores of another protocol.
+    """
+    names = [name for name in arguments.baselines if name != "none"]
+    for name in names:
+        if name not in BASELINES:
+            raise ValueError(f"Unknown baseline '{name}'. Known: {', '.join(BASELINES)}.")
+    if arguments.part not in ("test", "validation"):
+        raise ValueError(f"part '{arguments.part}': expected test or validation.")
+    recipe = read_run(arguments.model)
+    model = AltMoEModel.from_pretrained(arguments.model, load_encoders=False)
+    stores = open_stores(json.loads(arguments.stores) if arguments.stores else recipe["stores"])
+    for modality in model.config.modalities:
+        stores[modality].check(modality, model.config.encoders[modality])
+    pairs = LatentPairs.from_stores({m: stores[m] for m in model.config.modalities}, model.directions)
+    split = (recipe["split_seed"], recipe["test_fraction"], recipe["validation_fraction"])
+    parts = pairs.split(*split)
+    results = {}
+    for pair in modality_pairs(model.directions)[0]:
+        train, validation = (retrieval_data(parts[part], pair) for part in ("train", "validation"))
+        asked = retrieval_data(parts[arguments.part], pair)
+        measured = {"altmoe": evaluate_variants(model, train.latents, validation, asked)}
+        for name in names:
+            print(f"tuning {name} on validation ...", flush=True)
+            # the items the model was trained on, paired row by row
+            direction = f"{pair[0]}->{pair[1]}"
+            direction = direction if direction in parts["train"].rows else f"{pair[1]}->{pair[0]}"
+            rows = parts["train"].batch(direction, range(len(parts["train"].rows[direction])))
+            groups = torch.from_numpy(parts["train"].group_of_key[rows["keys"]])
+            retriever = BASELINES[name]().fit(rows["latents"], validation, groups, seed=recipe["seed"])
+            measured[name] = evaluate_variants(retriever, train.latents, validation, asked)
+        results["<->".join(pair)] = measured
+    protocol = {
+        "part": arguments.part,
+        "split_seed": split[0],
+        "test_fraction": split[1],
+        "validation_fraction": split[2],
+        "split": "by concept: no caption stands on both sides",
+        "queries": {m: len(x) for m, x in parts[arguments.part].latents.items()},
+        "training_rows": {m: len(x) for m, x in parts["train"].latents.items()},
+        "hubness": "training queries only; strength chosen on validation",
+        "ties": "pessimistic",
+    }
+    return {"protocol": protocol, "results": results}
+
+
+def table(result: dict) -> str:
+    """The results as Markdown: recall in percent, best post-processing last."""
+    lines = []
+    for pair, methods in result["results"].items():
+        rows = {}
+        for method, variants in methods.items():
+            best = variants["both_directions+hubness"]
+            cells = {}
+            for direction, metrics in best.items():
+                if isinstance(metrics, dict):
+                    cells.update({f"{direction} R@{k}": [metrics[f"recall@{k}"]] for k in (1, 5, 10)})
+                    cells[f"{direction} median rank"] = [metrics["median_rank"] / 100]  # printed as it is
+            cells["mean recall"] = [best["mean_recall"]]
+            cells["one direction only"] = [variants["one_direction"]["mean_recall"]]
+            rows[method] = cells
+        lines += [f"{pair}, {result['protocol']['part']} split:", "", format_table(rows), ""]
+    return "\n".join(lines)
+
+
+def main(arguments: EvaluateArguments) -> None:
+    """Run, print the table, write the JSON."""
+    result = evaluate(arguments)
+    print(table(result))
+    path = Path(arguments.json or Path(arguments.model) / "evaluation.json")
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {path}")

@@ -1,0 +1,125 @@
+"""A model measured on pairs: validation during training, and what is fitted on validation afterwards.
+
+Comes in: a model and [`LatentPairs`]. Goes out: metrics by direction, and the model with its trust, scales and hubness
+banks set. The rules of scoring are those of `trainer.evaluation`, which every baseline is measured with.
+"""
+
+import numpy as np
+import torch
+
+from modeling_altmoe.configuration_altmoe import parse_direction
+from modeling_altmoe.scoring_altmoe import Postprocessing, reverse_direction
+from trainer.evaluation import KS, RetrievalData, evaluate_retrieval, fit_postprocessing
+from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import retrieval_metrics
+from trainer.pairs import LatentPairs
+
+TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def modality_pairs(directions: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Directions with one source as unordered pairs of modalities, and the remaining ones (several sources)."""
+    pairs, rest = [], []
+    for direction in directions:
+        sources, target = parse_direction(direction)
+        if len(sources) > 1:
+            rest.append(direction)
+        elif (target, sources[0]) not in pairs:
+            pairs.append((sources[0], target))
+    return pairs, rest
+
+
+def retrieval_data(pairs: LatentPairs, pair: tuple[str, str]) -> RetrievalData:
+    """All items of two modalities that have a partner, with their matches."""
+    direction = f"{pair[0]}->{pair[1]}"
+    if direction not in pairs.rows:
+        direction = reverse_direction(direction)
+    sources = pairs.rows[direction]
+    keys = np.unique(pairs.key_codes[parse_direction(direction)[0][0]][sources])
+    rows = {m: np.flatnonzero(np.isin(pairs.key_codes[m], keys)) for m in pair}
+    source, _, target = direction.partition("->")
+    relevant = pairs.matches(direction, rows[source], rows[target])
+    latents = {m: pairs.latents[m][torch.from_numpy(r)] for m, r in rows.items()}
+    return RetrievalData(latents, relevant if (source, target) == pair else relevant.T, pair)
+
+
+@torch.no_grad()
+def _fused_metrics(model, pairs: LatentPairs, direction: str) -> dict:
+    """One-direction metrics where several sources are fused: every source against all targets."""
+    sources, target = parse_direction(direction)
+    batch = pairs.batch(direction, range(len(pairs.rows[direction])))
+    gallery = np.flatnonzero(np.isin(pairs.key_codes[target], np.unique(batch["keys"])))
+    latents = {m: batch["latents"][m].to(model.device) for m in sources}
+    items = model.gallery(direction, pairs.latents[target][torch.from_numpy(gallery)].to(model.device))
+    scores = model.queries(direction, latents) @ items.T
+    return retrieval_metrics(scores.cpu().numpy(), pairs.matches(direction, batch["source_rows"], gallery).numpy(), KS)
+
+
+def evaluate_pairs(model, pairs: LatentPairs, scored: bool = False) -> dict[str, float]:
+    """Retrieval metrics of a model on pairs.
+
+    Args:
+        model: an [`AltMoEModel`].
+        pairs: the pairs to be found.
+        scored: use the post-processing kept in the model; otherwise (in training) both directions vote with scales
+            measured on these very pairs, and hubness is left as it is.
+
+    Returns:
+        `{"mean_recall", "image->text/recall@1", ...}`; `mean_recall` is the mean over directions of the mean of
+        recall@1, @5 and @10.
+    """
+    found, fused = modality_pairs(model.directions)
+    results = {direction: _fused_metrics(model, pairs, direction) for direction in fused}
+    for pair in found:
+        data = retrieval_data(pairs, pair)
+        data.latents.update({m: x.to(model.device) for m, x in data.latents.items()})
+        if scored:
+            post = merged_postprocessing(model, data.directions())
+        else:
+            post = fit_postprocessing(model, {}, data, correct_hubness=False)
+        metrics = evaluate_retrieval(model, data, post)
+        results.update({name: value for name, value in metrics.items() if name != "mean_recall"})
+    flat = {f"{direction}/{name}": float(v) for direction, metrics in results.items() for name, v in metrics.items()}
+    return {"mean_recall": float(np.mean([metrics["mean_recall"] for metrics in results.values()])), **flat}
+
+
+def merged_postprocessing(model, directions) -> Postprocessing:
+    """The post-processing that a model keeps for a pair of directions."""
+    known = [model.postprocessing(direction) for direction in directions if direction in model.directions]
+    merged = known[0]
+    for other in known[1:]:
+        merged.scales.update(other.scales)
+        merged.query_bank.update(other.query_bank)
+        merged.gallery_bank.update(other.gallery_bank)
+    return merged
+
+
+def fit_trust(model, validation: LatentPairs) -> float:
+    """Choose on validation how far the experts' correction of the base is trusted, and keep it in the model.
+
+    The base alone (0) is among the choices, so the model is never worse on validation than its own closed form.
+    Of equals the largest wins: it is what was trained.
+    """
+    recalls = {}
+    for trust in TRUSTS:
+        model.connector.trust.fill_(trust)
+        recalls[trust] = evaluate_pairs(model, validation)["mean_recall"]
+    best = max(TRUSTS, key=lambda trust: (recalls[trust], trust))
+    model.connector.trust.fill_(best)
+    return best
+
+
+def fit_scoring(model, train: LatentPairs, validation: LatentPairs, max_bank: int = 1024) -> None:
+    """Measure scales, hubness banks and hubness strength for every pair of modalities, and keep them in the model.
+
+    Args:
+        train: training items fill the banks (at most `max_bank` a direction travel with the checkpoint).
+        validation: sets the scales and the strength of the correction.
+    """
+    for pair in modality_pairs(model.directions)[0]:
+        data = retrieval_data(validation, pair)
+        data.latents.update({m: x.to(model.device) for m, x in data.latents.items()})
+        bank = {m: x.to(model.device) for m, x in retrieval_data(train, pair).latents.items()}
+        post = fit_postprocessing(model, bank, data, max_bank=max_bank)
+        for direction in data.directions():
+            if direction in model.directions:
+                model.set_scoring(direction, post)

@@ -55,13 +55,13 @@ class AltMoEArguments(TrainingArguments):
     num_gates: int = _help("L, 2: one gate a loss term; 1: shared", 2)
     expert_pool: str = _help("shared or per_modality", "shared")
     dropout: float = _help("on the experts' output", 0.1)
-    latent_noise: float = _help("Gaussian noise on standardised source latents in training", 1.0)
+    latent_noise: float = _help("Gaussian noise on standardised source latents in training", 2.0)
     base: str = _help("closed form under the experts: none, ridge or kernel", "kernel")
     max_landmarks: int = _help("most landmarks of the kernel base (more items: Nystroem)", 2048)
     head_scale: float = _help("size of the experts' correction relative to the base", 1.0)
 
     # loss
-    alpha: float = _help("weight of the regression term; 1 - alpha weighs the contrastive term", 0.5)
+    alpha: float = _help("weight of the regression term; 1 - alpha weighs the contrastive term", 0.9)
     regression: str = _help("cosine, mse (the paper) or smooth_l1 (the authors' code)", "cosine")
     contrastive: str = _help("infonce or sigmoid", "infonce")
     temperature: float = _help("divides cosines in the contrastive term", 0.1)
@@ -84,7 +84,7 @@ class AltMoEArguments(TrainingArguments):
 
     # other defaults than transformers'
     output_dir: str | None = _help("folder for checkpoints and the finished model", "build/run")
-    learning_rate: float = _help("peak learning rate", 3e-3)
+    learning_rate: float = _help("peak learning rate", 1e-3)
     lr_scheduler_type: str = _help("learning-rate schedule", "cosine")
     warmup_steps: float = _help("warm-up: steps, or a share of all below 1", 0.1)
     weight_decay: float = _help("AdamW weight decay", 0.1)

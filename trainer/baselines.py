@@ -164,16 +164,15 @@ class ClosedForm(Baseline):
     gammas: Sequence[float] = (None,)
     lambdas: Sequence[float]
 
-    def __init__(self, selection: str = "validation", max_landmarks: int = 2048, dtype: torch.dtype | None = None):
+    def __init__(self, selection: str = "validation", max_landmarks: int = 2048):
         if selection not in ("validation", "leave_group_out"):
             raise ValueError(f'selection must be "validation" or "leave_group_out", got {selection!r}')
-        self.selection, self.max_landmarks, self.dtype = selection, max_landmarks, dtype
+        self.selection, self.max_landmarks = selection, max_landmarks
 
     def candidates(self, train, validation, groups, seed):
         standard = {modality: CentredUnit.fit(train[modality]) for modality in validation.pair}
         units = {modality: standard[modality](train[modality]) for modality in validation.pair}
-        dtype = self.dtype or (torch.float64 if len(groups) <= 4096 else torch.float32)
-        options = {"kind": self.kind, "max_landmarks": self.max_landmarks, "seed": seed, "dtype": dtype}
+        options = {"kind": self.kind, "max_landmarks": self.max_landmarks, "seed": seed}
         directions = _both(validation.pair)
         ends = [(units[source], units[target]) for source, target in map(_ends, directions)]
         if self.selection == "validation":

@@ -1,0 +1,288 @@
+"""The commands from end to end on tiny encoders: encode, train, evaluate, search, publish, and a stranger's process."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset, Features, Image, Value
+from huggingface_hub import ModelCard
+from PIL import Image as Pictures
+from PIL import ImageDraw
+
+from modeling_altmoe import AltMoEModel, LatentStore
+from trainer.cli import main as altmoe
+from trainer.encode import EncodeArguments, encode
+
+COLORS = ["red", "green", "blue", "orange", "purple", "black"]
+SHAPES = ["square", "circle", "tree", "house", "cat", "dog", "bar", "cross"]
+
+
+def picture(color: str, number: int) -> Pictures.Image:
+    """A few boxes whose places tell the shape's number."""
+    image = Pictures.new("RGB", (32, 32), "white")
+    pen = ImageDraw.Draw(image)
+    for bit in range(4):
+        if (number + 1) >> bit & 1:
+            pen.rectangle([8 * bit, 4 + 6 * bit, 8 * bit + 7, 14 + 4 * bit], fill=color)
+    return image
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, encoder_folders):
+    """One finished project: data, stores, a trained run, evaluated and published."""
+    root = tmp_path_factory.mktemp("project")
+    items = [(color, number) for color in COLORS for number in range(len(SHAPES))]
+    columns = {
+        "id": [f"{color}-{SHAPES[number]}" for color, number in items],
+        "image": [picture(*item) for item in items],
+        "caption": [f"a {color} {SHAPES[number]}" for color, number in items],
+        "group": [f"{color} {SHAPES[number]}" for color, number in items],
+    }
+    kinds = {name: Value("string") for name in ("id", "caption", "group")}
+    Dataset.from_dict(columns, Features({"image": Image(), **kinds})).save_to_disk(root / "data")
+    for modality, column in (("image", "image"), ("text", "caption")):
+        altmoe(
+            ["encode", "--data", str(root / "data"), "--column", column, "--modality", modality]
+            + ["--encoder", encoder_folders[modality], "--out", str(root / modality)]
+        )
+    recipe = {
+        "stores": {"image": str(root / "image"), "text": str(root / "text")},
+        "output_dir": str(root / "run"),
+        "hidden_size": 16,
+        "moe_intermediate_size": 8,
+        "num_experts": 4,
+        "top_k": 2,
+        "max_steps": 8,
+        "eval_steps": 4,
+        "save_steps": 4,
+        "per_device_train_batch_size": 16,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    altmoe(["train", str(root / "recipe.yaml")])
+    altmoe(["evaluate", "--model", str(root / "run"), "--baselines", "chance", "ridge"])
+    altmoe(
+        ["publish", "--run", str(root / "run"), "--out", str(root / "hub"), "--data", str(root / "data")]
+        + ["--self_contained"]
+    )
+    return root
+
+
+def fails(capsys, *words) -> str:
+    """Run a command that must end with one sentence for its user, and return that sentence."""
+    with pytest.raises(SystemExit) as ended:
+        altmoe([str(word) for word in words])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the way once
+
+
+def test_stores_hold_every_item_with_its_metadata(place):
+    images, texts = LatentStore.open(place / "image"), LatentStore.open(place / "text")
+    assert len(images) == len(texts) == 48 and set(images.ids) == set(texts.ids)
+    assert dict(zip(texts.ids, texts.column("caption"), strict=True))["red-cat"] == "a red cat"
+    assert images.protocol.encoder.startswith("weights:") and images.protocol.preprocessing
+    np.testing.assert_allclose(images.latents().norm(dim=-1), 1, atol=1e-5)
+
+
+def test_encoding_again_adds_nothing(place, encoder_folders):
+    arguments = {"data": str(place / "data"), "encoder": encoder_folders["image"], "modality": "image"}
+    again = encode(EncodeArguments(**arguments, out=str(place / "image")))
+    assert (again["written"], again["present"], again["rows"]) == (0, 48, 48)
+
+
+def test_the_model_agrees_with_its_stores(place):
+    """Encoding with the published model gives the stored vectors: one protocol, one latent."""
+    from modeling_altmoe import AltMoEProcessor
+
+    model, processor = AltMoEModel.from_pretrained(place / "hub"), AltMoEProcessor.from_pretrained(place / "hub")
+    store = LatentStore.open(place / "text")
+    assert model.protocol("text") == store.protocol
+    captions = store.column("caption")[:5]
+    latents = model.encode("text", processor.batch("text", captions))
+    np.testing.assert_allclose(latents, store.take(range(5)), atol=1e-5)
+
+
+def test_evaluation_has_every_method_and_the_protocol(place):
+    result = json.loads((place / "run" / "evaluation.json").read_text())
+    measured = result["results"]["image<->text"]
+    assert set(measured) == {"altmoe", "chance", "ridge"}
+    assert result["protocol"]["queries"] == {"image": 10, "text": 10}
+    for variants in measured.values():
+        for metrics in variants.values():
+            assert 0 <= metrics["mean_recall"] <= 1
+
+
+def test_the_card_is_valid_and_holds_the_numbers(place):
+    card = ModelCard.load(place / "hub" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"
+    result = json.loads((place / "run" / "evaluation.json").read_text())
+    recall = result["results"]["image<->text"]["altmoe"]["both_directions+hubness"]["image->text"]["recall@10"]
+    values = {r.metric_name: r.metric_value for r in card.data.eval_results}
+    assert values["image->text recall@10"] == round(100 * recall, 2)
+    assert "| ridge |" in card.content and "max_steps: 8" in card.content
+    assert Pictures.open(place / "hub" / "examples.png").size[0] > 500
+
+
+def test_search_both_ways(place, capsys, tmp_path):
+    altmoe(["search", str(place / "image"), "--model", str(place / "hub"), "--text", "a red cat", "--json", "-k", "3"])
+    found = json.loads(capsys.readouterr().out)
+    assert found[0]["direction"] == "text->image" and len(found[0]["hits"]) == 3
+    scores = [hit["score"] for hit in found[0]["hits"]]
+    assert scores == sorted(scores, reverse=True)
+    picture("red", 2).save(tmp_path / "query.png")
+    altmoe(["search", str(place / "text"), "--model", str(place / "hub"), "--image", str(tmp_path / "query.png")])
+    shown = capsys.readouterr().out
+    assert "image->text" in shown and shown.count("caption: a ") == 5
+
+
+def test_an_index_gives_the_scores_of_the_model(place):
+    from modeling_altmoe.search_altmoe import LatentIndex
+
+    model = AltMoEModel.from_pretrained(place / "hub", load_encoders=False)
+    store, queries = LatentStore.open(place / "image"), LatentStore.open(place / "text").take(range(4))
+    hits = LatentIndex(model, store, "text->image").search(queries, k=48)
+    expected = model.score("text->image", queries, store.latents())
+    for row, found in enumerate(hits):
+        assert [hit.row for hit in found][:10] == expected[row].argsort(descending=True).tolist()[:10]
+        np.testing.assert_allclose([hit.score for hit in found], expected[row].sort(descending=True).values, atol=1e-4)
+
+
+STRANGER = """
+import importlib.util, sys
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoProcessor
+assert importlib.util.find_spec("modeling_altmoe") is None and importlib.util.find_spec("trainer") is None
+repo, image = sys.argv[1:]
+assert AutoConfig.from_pretrained(repo, trust_remote_code=True).model_type == "altmoe"
+model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+inputs = processor(images=Image.open(image), text=["a red cat", "a blue dog", "a tree"])
+print("scores", *model(**inputs).logits_per_image[0].tolist())
+"""
+
+
+def test_a_process_without_the_package_loads_the_folder(place, tmp_path):
+    """As on the Hub: another directory, the package not importable, code from the checkpoint."""
+    script = tmp_path / "stranger.py"
+    script.write_text(STRANGER)
+    done = subprocess.run(
+        # -P keeps this folder off the path; the blocker hides an editable install
+        [sys.executable, "-c", HIDE.format(script=str(script)), str(place / "hub"), str(place / "hub" / "example.png")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = [float(word) for word in done.stdout.split("scores")[1].split()]
+    model = AltMoEModel.from_pretrained(place / "hub")
+    from modeling_altmoe import AltMoEProcessor
+
+    processor = AltMoEProcessor.from_pretrained(place / "hub")
+    image = Pictures.open(place / "hub" / "example.png")
+    inputs = processor(images=image, text=["a red cat", "a blue dog", "a tree"])
+    np.testing.assert_allclose(scores, model(**inputs).logits_per_image[0].detach(), atol=1e-6)
+
+
+HIDE = """
+import os, runpy, sys
+sys.meta_path = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", type(f).__module__)]
+sys.path = [p for p in sys.path if not os.path.isdir(os.path.join(p or ".", "modeling_altmoe"))]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_the_cards_code_runs_as_printed(place, tmp_path):
+    text = (place / "hub" / "README.md").read_text()
+    code = text.split("```python")[1].split("```")[0]
+    code = code.replace(code.split('repo = "')[1].split('"')[0], str(place / "hub"))
+    code = code.replace(code.split('Image.open("')[1].split('"')[0], str(place / "hub" / "example.png"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"a dog", "a red apple", "a sailing boat"} <= {line[6:].strip() for line in done.stdout.splitlines()}
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_a_used_output_folder_is_not_overwritten_silently(place, capsys):
+    message = fails(capsys, "train", place / "recipe.yaml")
+    assert "holds checkpoints already" in message and "--resume_from_checkpoint true" in message
+
+
+def test_missing_columns_and_splits_are_named(place, capsys, encoder_folders, tmp_path):
+    common = ["encode", "--data", place / "data", "--encoder", encoder_folders["image"], "--out", tmp_path / "s"]
+    assert "Did you mean 'image'" in fails(capsys, *common, "--modality", "image", "--column", "imag")
+    assert "Unknown column 'sentence'" in fails(capsys, *common, "--modality", "image", "--keep", "sentence")
+    assert "pooling" in fails(capsys, *common, "--modality", "image", "--pooling", "avg")
+    assert not (tmp_path / "s").exists()
+
+
+def test_missing_data_encoders_models_and_stores_are_named(place, capsys, encoder_folders, tmp_path):
+    gone = tmp_path / "gone"
+    encode_it = ["encode", "--modality", "image", "--out", tmp_path / "s"]
+    assert "No data file at" in fails(capsys, *encode_it, "--data", f"{gone}.jsonl", "--encoder", "x")
+    message = fails(capsys, *encode_it, "--data", place / "data", "--encoder", gone)
+    assert "image encoder" in message and "cannot be loaded" in message
+    assert "No LatentStore at" in fails(capsys, "search", gone, "--model", place / "hub", "--text", "a")
+    assert "has no recipe.yaml" in fails(capsys, "evaluate", "--model", gone)
+    assert "No query" in fails(capsys, "search", place / "image", "--model", place / "hub")
+    assert "Unknown direction" in fails(capsys, "search", place / "text", "--model", place / "hub", "--text", "a")
+    assert "Did you mean 'encode'" in fails(capsys, "encod")
+
+
+def test_bad_items_are_skipped_counted_and_named(place, encoder_folders, tmp_path, capsys):
+    good = place / "good.png"
+    picture("red", 1).save(good)
+    (tmp_path / "zero.png").write_bytes(b"")
+    (tmp_path / "noise.png").write_bytes(b"no picture")
+    rows = [{"id": "a", "image": str(good)}, {"id": "b", "image": str(tmp_path / "zero.png")}]
+    rows += [{"id": "c", "image": str(tmp_path / "noise.png")}, {"id": "d", "image": str(tmp_path / "none.png")}]
+    (tmp_path / "items.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    arguments = {"data": str(tmp_path / "items.jsonl"), "encoder": encoder_folders["image"], "modality": "image"}
+    result = encode(EncodeArguments(**arguments, out=str(tmp_path / "store")))
+    assert result["written"] == 1 and [row for row, _ in result["skipped"]] == [1, 2, 3]
+    reasons = [reason for _, reason in result["skipped"]]
+    assert "zero bytes" in reasons[0] and "cannot be read" in reasons[1] and "no image file" in reasons[2]
+    command = ["encode", "--data", tmp_path / "items.jsonl", "--encoder", encoder_folders["image"]]
+    message = fails(capsys, *command, "--modality", "image", "--out", tmp_path / "strict", "--strict")
+    assert "item 1 (id 'b')" in message
+
+
+def test_empty_captions_are_skipped(place, encoder_folders, tmp_path):
+    (tmp_path / "texts.csv").write_text('id,text\na,a cat\nb,""\nc,a dog\n')
+    arguments = {"data": str(tmp_path / "texts.csv"), "encoder": encoder_folders["text"], "modality": "text"}
+    result = encode(EncodeArguments(**arguments, out=str(tmp_path / "store")))
+    assert result["rows"] == 2 and result["skipped"][0][0] == 1
+
+
+def test_a_store_of_another_protocol_is_refused(place, capsys, encoder_folders, tmp_path):
+    command = ["encode", "--data", place / "data", "--column", "caption", "--modality", "text"]
+    altmoe([str(w) for w in [*command, "--encoder", encoder_folders["text"], "--out", tmp_path, "--pooling", "cls"]])
+    capsys.readouterr()
+    message = fails(capsys, "search", tmp_path, "--model", place / "hub", "--image", place / "hub" / "example.png")
+    assert "pooling: expected 'mean', got 'cls'" in message
+    stores = json.dumps({"image": str(place / "image"), "text": str(tmp_path)})
+    assert "pooling" in fails(capsys, "evaluate", "--model", place / "run", "--stores", stores)
+    again = ["--encoder", encoder_folders["text"], "--out", place / "text", "--pooling", "cls"]
+    assert "pooling" in fails(capsys, *command, *again)
+
+
+def test_a_bad_query_picture_is_named(place, capsys, tmp_path):
+    (tmp_path / "zero.png").write_bytes(b"")
+    message = fails(capsys, "search", place / "text", "--model", place / "hub", "--image", tmp_path / "zero.png")
+    assert "has zero bytes" in message
+
+
+@pytest.mark.parametrize("command", ["encode", "train", "evaluate", "search", "publish"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        altmoe([command, "--help"])
+    assert ended.value.code == 0
+    assert len(capsys.readouterr().out) > 300

@@ -45,8 +45,19 @@ def place(tmp_path_factory, encoder_folders):
     Dataset.from_dict(columns, Features({"image": Image(), **kinds})).save_to_disk(root / "data")
     for modality, column in (("image", "image"), ("text", "caption")):
         altmoe(
-            ["encode", "--data", str(root / "data"), "--column", column, "--modality", modality]
-            + ["--encoder", encoder_folders[modality], "--out", str(root / modality)]
+            [
+                "encode",
+                "--data",
+                str(root / "data"),
+                "--column",
+                column,
+                "--modality",
+                modality,
+                "--encoder",
+                encoder_folders[modality],
+                "--out",
+                str(root / modality),
+            ]
         )
     recipe = {
         "stores": {"image": str(root / "image"), "text": str(root / "text")},
@@ -66,8 +77,16 @@ def place(tmp_path_factory, encoder_folders):
     altmoe(["train", str(root / "recipe.yaml")])
     altmoe(["evaluate", "--model", str(root / "run"), "--baselines", "chance", "ridge"])
     altmoe(
-        ["publish", "--run", str(root / "run"), "--out", str(root / "hub"), "--data", str(root / "data")]
-        + ["--self_contained"]
+        [
+            "publish",
+            "--run",
+            str(root / "run"),
+            "--out",
+            str(root / "hub"),
+            "--data",
+            str(root / "data"),
+            "--self_contained",
+        ]
     )
     return root
 

@@ -101,6 +101,7 @@ class AltMoEArguments(TrainingArguments):
     metric_for_best_model: str | None = _help("what 'best' means", "mean_recall")
     greater_is_better: bool | None = _help("whether larger is better", True)
     remove_unused_columns: bool | None = _help("leave as it is: batches are made from latents", False)
+    dataloader_pin_memory: bool = _help("pin host memory (batches are item numbers: nothing to gain)", False)
     report_to: None | str | list[str] = _help("tensorboard, wandb, ... or none", "none")
 
     def __post_init__(self):

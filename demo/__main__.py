@@ -100,6 +100,9 @@ def main() -> None:
         items[row]["image"].save(file)
         words += ["--image", file]
     command("altmoe", "search", stores["text"], "--model", out, *words)
+    print(
+        "\n(The store holds all items, so most of what is found here was trained on; held-out figures are those of step 4.)"
+    )
     print(f"\ndone in {time.time() - start:.0f} s ({time.time() - began:.0f} s without the encoders and data)")
 
 

@@ -260,11 +260,7 @@ class AltMoEConnector(nn.Module):
         trust = self.trust[self.config.directions.index(direction)]
         # under a base, heads start at zero and their output is scaled to the base's size, so that a step of Adam
         # moves a unit prediction by a part of its length, whatever the width of the target
-        scale = (
-            trust
-            if self.config.base == "none"
-            else trust * self.config.head_scale / self.config.latent_size(target) ** 0.5
-        )
+        scale = 1.0 if self.config.base == "none" else self.config.head_scale / self.config.latent_size(target) ** 0.5
         predictions = [head(mixed[:, term % gates]) * (trust * scale) for term, head in enumerate(self.heads[target])]
         if base_prediction is None and direction in self.base:
             base_prediction = self.base[direction](self.source(latents, direction))

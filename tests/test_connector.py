@@ -163,8 +163,11 @@ def test_trust_zero_leaves_the_base_alone():
     with torch.no_grad():
         model.connector.heads["text"][0].weight.normal_()
         before = model.connector(latents, "image->text").contrastive
+        model.connector.trust.fill_(0.5)
+        half = model.connector(latents, "image->text").contrastive
         model.connector.trust.zero_()
         after = model.connector(latents, "image->text").contrastive
         base = model.connector.base["image->text"](model.connector.source(latents, "image->text"))
     assert not torch.allclose(before, base)
+    torch.testing.assert_close(half - base, (before - base) / 2)  # trust is the factor on the correction
     torch.testing.assert_close(after, base)

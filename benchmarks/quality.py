@@ -17,11 +17,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from trainer.arguments import parse_arguments
 from trainer.evaluate import DEFAULT_BASELINES, EvaluateArguments, evaluate
-from trainer.evaluation import format_table
+from trainer.evaluation import VARIANTS, format_table
 from trainer.train import train
 
 RESULTS = Path("benchmarks/results")
-VARIANTS = ("one_direction", "both_directions", "both_directions+hubness")
 
 
 def run_split(data: str, recipe: str, seed: int, baselines: list[str]) -> dict:
@@ -44,7 +43,7 @@ def draw(rows: dict, data: str) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    column = VARIANTS[-1].replace("_", " ")
+    column = list(VARIANTS)[-1].replace("_", " ")
     values = {name: 100 * np.array(cells[column]) for name, cells in rows.items()}
     order = sorted(values, key=lambda name: values[name].mean())
     errors = [values[name].std(ddof=1) / len(values[name]) ** 0.5 if len(values[name]) > 1 else 0 for name in order]

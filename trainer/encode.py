@@ -87,13 +87,13 @@ def open_data(name: str, split: str = "train") -> Dataset:
     return data
 
 
-def load_processor(encoder_name: str, encoder, **hub_kwargs):
+def load_processor(encoder_name: str, main_input_name: str, **hub_kwargs):
     """The tokenizer, image processor or feature extractor that belongs to an encoder, by its main input.
 
     Raises:
         OSError: the encoder's repository has none.
     """
-    loader = MAIN_INPUTS.get(encoder.main_input_name, AutoFeatureExtractor)
+    loader = MAIN_INPUTS.get(main_input_name, AutoFeatureExtractor)
     extra = {"backend": "pil"} if loader is AutoImageProcessor else {}  # the same pixels with and without torchvision
     try:
         return loader.from_pretrained(encoder_name, **extra, **hub_kwargs)
@@ -138,7 +138,7 @@ def encode(arguments: EncodeArguments) -> dict:
         arguments.encoder, fields, revision=arguments.revision, what=f"{arguments.modality} encoder"
     )
     hub_kwargs = {"revision": commit} if commit else {}
-    own = load_processor(arguments.encoder, encoder, **hub_kwargs)
+    own = load_processor(arguments.encoder, encoder.main_input_name, **hub_kwargs)
     name = os.path.abspath(arguments.encoder) if os.path.isdir(arguments.encoder) else arguments.encoder
     entry = describe_encoder(encoder, name, commit, fields, own)
     processor = AltMoEProcessor({arguments.modality: own}, {arguments.modality: arguments.prompt})

@@ -12,14 +12,13 @@ import torch
 import yaml
 
 from modeling_altmoe import AltMoEModel
+from modeling_altmoe.configuration_altmoe import unknown_name_message
 from trainer.baselines import BASELINES
 from trainer.evaluation import evaluate_variants, format_table
-from trainer.measuring import modality_pairs, retrieval_data
-from trainer.pairs import LatentPairs
-from trainer.train import RECIPE, open_stores
+from trainer.measuring import modality_pairs, partnered_latents, retrieval_data, served_direction
+from trainer.train import RECIPE, open_parts, open_stores
 
 DEFAULT_BASELINES = ("chance", "ridge", "kernel_ridge", "cca", "linear_infonce")
-SHOWN = ("one_direction", "both_directions", "both_directions+hubness")
 
 
 @dataclass
@@ -62,7 +61,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     names = [name for name in arguments.baselines if name != "none"]
     for name in names:
         if name not in BASELINES:
-            raise ValueError(f"Unknown baseline '{name}'. Known: {', '.join(BASELINES)}.")
+            raise ValueError(unknown_name_message("baseline", name, BASELINES))
     if arguments.part not in ("test", "validation"):
         raise ValueError(f"part '{arguments.part}': expected test or validation.")
     recipe = read_run(arguments.model)
@@ -70,29 +69,24 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     stores = open_stores(json.loads(arguments.stores) if arguments.stores else recipe["stores"])
     for modality in model.config.modalities:
         stores[modality].check(modality, model.config.encoders[modality])
-    pairs = LatentPairs.from_stores({m: stores[m] for m in model.config.modalities}, model.directions)
-    split = (recipe["split_seed"], recipe["test_fraction"], recipe["validation_fraction"])
-    parts = pairs.split(*split)
+    parts = open_parts(model, stores, recipe)
     results = {}
     for pair in modality_pairs(model.directions)[0]:
-        train, validation = (retrieval_data(parts[part], pair) for part in ("train", "validation"))
+        train, validation = partnered_latents(parts["train"], pair), retrieval_data(parts["validation"], pair)
         asked = retrieval_data(parts[arguments.part], pair)
-        measured = {"altmoe": evaluate_variants(model, train.latents, validation, asked)}
+        measured = {"altmoe": evaluate_variants(model, train, validation, asked)}
         for name in names:
             print(f"tuning {name} on validation ...", flush=True)
             # the items the model was trained on, paired row by row
-            direction = f"{pair[0]}->{pair[1]}"
-            direction = direction if direction in parts["train"].rows else f"{pair[1]}->{pair[0]}"
+            direction = served_direction(parts["train"], pair)
             rows = parts["train"].batch(direction, range(len(parts["train"].rows[direction])))
             groups = torch.from_numpy(parts["train"].group_of_key[rows["keys"]])
             retriever = BASELINES[name]().fit(rows["latents"], validation, groups, seed=recipe["seed"])
-            measured[name] = evaluate_variants(retriever, train.latents, validation, asked)
+            measured[name] = evaluate_variants(retriever, train, validation, asked)
         results["<->".join(pair)] = measured
     protocol = {
         "part": arguments.part,
-        "split_seed": split[0],
-        "test_fraction": split[1],
-        "validation_fraction": split[2],
+        **{name: recipe[name] for name in ("split_seed", "test_fraction", "validation_fraction")},
         "split": "by concept: no caption stands on both sides",
         "queries": {m: len(x) for m, x in parts[arguments.part].latents.items()},
         "training_rows": {m: len(x) for m, x in parts["train"].latents.items()},

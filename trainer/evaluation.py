@@ -25,6 +25,12 @@ from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import retrieva
 KS = (1, 5, 10)
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIR = ("image", "text")
+# the columns of every table: what `fit_postprocessing` is asked for
+VARIANTS = {
+    "one_direction": {"both_directions": False, "correct_hubness": False},
+    "both_directions": {"correct_hubness": False},
+    "both_directions+hubness": {},
+}
 
 
 @dataclass(frozen=True)
@@ -191,17 +197,12 @@ def evaluate_variants(
     ks: Sequence[int] = KS,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """The three rows of every table: `one_direction`, `both_directions`, `both_directions+hubness`."""
-    variants = {
-        "one_direction": {"both_directions": False, "correct_hubness": False},
-        "both_directions": {"correct_hubness": False},
-        "both_directions+hubness": {},
-    }
+    """Metrics under each of `VARIANTS`."""
     return {
         name: evaluate_retrieval(
             retriever, test, fit_postprocessing(retriever, train, validation, ks=ks, seed=seed, **options), ks
         )
-        for name, options in variants.items()
+        for name, options in VARIANTS.items()
     }
 
 

@@ -33,17 +33,17 @@ def fit_bases(model, pairs: LatentPairs, max_landmarks: int = 2048, seed: int = 
     Returns:
         `{direction: (rows of the first source, d_target)}` leave-group-out predictions, zero for unpaired rows.
     """
-    out_of_sample = {}
     threads = torch.get_num_threads()
     if len(pairs) < 3000:
         torch.set_num_threads(1)  # small decompositions gain nothing from threads and suffer when cores are shared
     try:
-        return _fit_bases(model, pairs, max_landmarks, seed, progress, out_of_sample)
+        return _fit_bases(model, pairs, max_landmarks, seed, progress)
     finally:
         torch.set_num_threads(threads)
 
 
-def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool, out_of_sample: dict) -> dict:
+def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool) -> dict:
+    out_of_sample = {}
     connector, device = model.connector, model.device
     for direction in tqdm(pairs.directions, desc=f"fitting the {model.config.base} base", disable=not progress):
         sources, target = model.config.resolve(direction)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from modeling_altmoe.configuration_altmoe import parse_direction
-from modeling_altmoe.scoring_altmoe import Postprocessing, reverse_direction
+from modeling_altmoe.scoring_altmoe import reverse_direction
 from trainer.evaluation import KS, RetrievalData, evaluate_retrieval, fit_postprocessing
 from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import retrieval_metrics
 from trainer.pairs import LatentPairs
@@ -28,18 +28,31 @@ def modality_pairs(directions: list[str]) -> tuple[list[tuple[str, str]], list[s
     return pairs, rest
 
 
-def retrieval_data(pairs: LatentPairs, pair: tuple[str, str]) -> RetrievalData:
-    """All items of two modalities that have a partner, with their matches."""
+def served_direction(pairs: LatentPairs, pair: tuple[str, str]) -> str:
+    """The direction between two modalities that the pairs have: the first way if both are there."""
     direction = f"{pair[0]}->{pair[1]}"
-    if direction not in pairs.rows:
-        direction = reverse_direction(direction)
-    sources = pairs.rows[direction]
-    keys = np.unique(pairs.key_codes[parse_direction(direction)[0][0]][sources])
-    rows = {m: np.flatnonzero(np.isin(pairs.key_codes[m], keys)) for m in pair}
+    return direction if direction in pairs.rows else reverse_direction(direction)
+
+
+def _partnered_rows(pairs: LatentPairs, pair: tuple[str, str]) -> dict[str, np.ndarray]:
+    direction = served_direction(pairs, pair)
+    keys = np.unique(pairs.key_codes[direction.partition("->")[0]][pairs.rows[direction]])
+    return {m: np.flatnonzero(np.isin(pairs.key_codes[m], keys)) for m in pair}
+
+
+def partnered_latents(pairs: LatentPairs, pair: tuple[str, str], device="cpu") -> dict[str, torch.Tensor]:
+    """Latents of all items of two modalities that have a partner (their matches, rows x rows, are not computed)."""
+    rows = _partnered_rows(pairs, pair)
+    return {m: pairs.latents[m][torch.from_numpy(r)].to(device) for m, r in rows.items()}
+
+
+def retrieval_data(pairs: LatentPairs, pair: tuple[str, str], device="cpu") -> RetrievalData:
+    """All items of two modalities that have a partner, with their matches."""
+    rows, direction = _partnered_rows(pairs, pair), served_direction(pairs, pair)
     source, _, target = direction.partition("->")
     relevant = pairs.matches(direction, rows[source], rows[target])
-    latents = {m: pairs.latents[m][torch.from_numpy(r)] for m, r in rows.items()}
-    return RetrievalData(latents, relevant if (source, target) == pair else relevant.T, pair)
+    relevant = relevant if (source, target) == pair else relevant.T
+    return RetrievalData(partnered_latents(pairs, pair, device), relevant, pair)
 
 
 @torch.no_grad()
@@ -70,27 +83,15 @@ def evaluate_pairs(model, pairs: LatentPairs, scored: bool = False) -> dict[str,
     found, fused = modality_pairs(model.directions)
     results = {direction: _fused_metrics(model, pairs, direction) for direction in fused}
     for pair in found:
-        data = retrieval_data(pairs, pair)
-        data.latents.update({m: x.to(model.device) for m, x in data.latents.items()})
+        data = retrieval_data(pairs, pair, model.device)
         if scored:
-            post = merged_postprocessing(model, data.directions())
+            post = model.postprocessing(served_direction(pairs, pair))  # holds both directions' scales and banks
         else:
             post = fit_postprocessing(model, {}, data, correct_hubness=False)
         metrics = evaluate_retrieval(model, data, post)
         results.update({name: value for name, value in metrics.items() if name != "mean_recall"})
     flat = {f"{direction}/{name}": float(v) for direction, metrics in results.items() for name, v in metrics.items()}
     return {"mean_recall": float(np.mean([metrics["mean_recall"] for metrics in results.values()])), **flat}
-
-
-def merged_postprocessing(model, directions) -> Postprocessing:
-    """The post-processing that a model keeps for a pair of directions."""
-    known = [model.postprocessing(direction) for direction in directions if direction in model.directions]
-    merged = known[0]
-    for other in known[1:]:
-        merged.scales.update(other.scales)
-        merged.query_bank.update(other.query_bank)
-        merged.gallery_bank.update(other.gallery_bank)
-    return merged
 
 
 def fit_trust(model, validation: LatentPairs) -> float:
@@ -116,9 +117,8 @@ def fit_scoring(model, train: LatentPairs, validation: LatentPairs, max_bank: in
         validation: sets the scales and the strength of the correction.
     """
     for pair in modality_pairs(model.directions)[0]:
-        data = retrieval_data(validation, pair)
-        data.latents.update({m: x.to(model.device) for m, x in data.latents.items()})
-        bank = {m: x.to(model.device) for m, x in retrieval_data(train, pair).latents.items()}
+        data = retrieval_data(validation, pair, model.device)
+        bank = partnered_latents(train, pair, model.device)
         post = fit_postprocessing(model, bank, data, max_bank=max_bank)
         for direction in data.directions():
             if direction in model.directions:

@@ -22,7 +22,7 @@ from trainer.encode import open_data
 from trainer.evaluate import read_run, table
 from trainer.measuring import modality_pairs
 from trainer.pairs import LatentPairs
-from trainer.train import RECIPE, open_stores
+from trainer.train import RECIPE, open_parts, open_stores
 
 VERSION = "0.1.0"
 TEMPLATE = Path(model_cards.__file__).parent / "template.md"
@@ -238,8 +238,7 @@ def publish(arguments: PublishArguments) -> Path:
     example = "photo.png"
     if arguments.data and ("image", "text") in [tuple(sorted(p)) for p in modality_pairs(model.directions)[0]]:
         data = open_data(arguments.data)
-        pairs = LatentPairs.from_stores(open_stores(recipe["stores"]), model.directions)
-        test = pairs.split(recipe["split_seed"], recipe["test_fraction"], recipe["validation_fraction"])["test"]
+        test = open_parts(model, open_stores(recipe["stores"]), recipe)["test"]
         used = draw_examples(out / "examples.png", model, test, data, arguments)
         example = "example.png"
         data[[str(name) for name in data["id"]].index(used[0])][arguments.image_column].save(out / example)

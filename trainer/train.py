@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import yaml
-from transformers import set_seed
+from transformers import AutoModel, set_seed
 
 from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor, LatentStore
 from modeling_altmoe.configuration_altmoe import parse_direction
 from trainer.arguments import OWN_FIELDS, AltMoEArguments, parse_arguments
-from trainer.encode import MAIN_INPUTS
+from trainer.encode import load_processor
 from trainer.fitting import fit_bases, fit_frames
 from trainer.measuring import evaluate_pairs, fit_scoring, fit_trust
 from trainer.pairs import LatentPairs
@@ -50,19 +50,21 @@ def make_model(arguments: AltMoEArguments, stores: dict[str, LatentStore]) -> Al
     return AltMoEModel(config)
 
 
+def open_parts(model: AltMoEModel, stores: dict[str, LatentStore], recipe: dict) -> dict[str, LatentPairs]:
+    """The pairs of a model's stores, split by concept as a recipe says: `{"train", "validation", "test"}`."""
+    pairs = LatentPairs.from_stores({m: stores[m] for m in model.config.modalities}, model.directions)
+    return pairs.split(recipe["split_seed"], recipe["test_fraction"], recipe["validation_fraction"])
+
+
 def load_processors(model: AltMoEModel) -> AltMoEProcessor | None:
     """The processor of all modalities whose encoders are at hand by name, or None."""
     processors, prompts = {}, {}
     for modality, entry in model.config.encoders.items():
         if not entry.get("name_or_path") or not entry.get("config"):
             continue
-        from transformers import AutoFeatureExtractor, AutoModel
-
         kind = AutoModel._model_mapping[type(model.config.encoder_config(modality))]
-        loader = MAIN_INPUTS.get(kind.main_input_name, AutoFeatureExtractor)
-        extra = {"backend": "pil"} if loader.__name__ == "AutoImageProcessor" else {}
         revision = {"revision": entry["revision"]} if entry.get("revision") else {}
-        processors[modality] = loader.from_pretrained(entry["name_or_path"], **extra, **revision)
+        processors[modality] = load_processor(entry["name_or_path"], kind.main_input_name, **revision)
         if model.protocol(modality).prompt:
             prompts[modality] = model.protocol(modality).prompt
     return AltMoEProcessor(processors, prompts) if processors else None
@@ -112,8 +114,7 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
                 shutil.rmtree(checkpoint)
 
     set_seed(arguments.seed)
-    pairs = LatentPairs.from_stores({m: stores[m] for m in model.config.modalities}, model.config.directions)
-    parts = pairs.split(arguments.split_seed, arguments.test_fraction, arguments.validation_fraction)
+    parts = open_parts(model, stores, vars(arguments))
     if arguments.process_index == 0:
         for part, its in parts.items():
             print(f"{part}: {its.describe()}")

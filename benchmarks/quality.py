@@ -15,6 +15,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: measured faster than two threads
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from filelock import FileLock
+
 from trainer.arguments import parse_arguments
 from trainer.evaluate import DEFAULT_BASELINES, EvaluateArguments, evaluate
 from trainer.evaluation import VARIANTS, format_table
@@ -23,16 +25,31 @@ from trainer.train import train
 RESULTS = Path("benchmarks/results")
 
 
-def run_split(data: str, recipe: str, seed: int, baselines: list[str]) -> dict:
+def run_split(data: str, recipe: str, seed: int, concepts: int, baselines: list[str]) -> dict:
     """Train one recipe on one split and measure it (and the baselines) on the test split."""
-    folder = f"build/runs/benchmark-{data}-{Path(recipe).stem}-{seed}"
+    folder = f"build/runs/benchmark-{data}-{Path(recipe).stem}-{concepts or 'all'}-{seed}"
     stores = json.dumps({m: f"build/stores/{data}/{m}" for m in ("image", "text")})
     flags = ["--stores", stores, "--output_dir", folder, "--split_seed", seed, "--seed", seed, "--overwrite", "true"]
     start = time.time()
-    train(parse_arguments([recipe, *map(str, flags), "--disable_tqdm", "true"]))
+    train(parse_arguments([recipe, *map(str, flags), "--train_concepts", str(concepts), "--disable_tqdm", "true"]))
     seconds = time.time() - start
-    measured = evaluate(EvaluateArguments(model=folder, baselines=baselines or ["none"]))["results"]["image<->text"]
-    return {"seconds": seconds, "methods": measured}
+    result = evaluate(EvaluateArguments(model=folder, baselines=baselines or ["none"]))
+    measured = result["results"]["image<->text"]
+    measured["altmoe"]["seconds"] = seconds
+    for cells in measured.values():
+        cells["training_rows"] = min(result["protocol"]["training_rows"].values())
+    return measured
+
+
+def keep(path: Path, data: str, size: str, seed: int, measured: dict) -> dict:
+    """Add what was measured to the JSON; several processes may share one file. Returns all sizes."""
+    with FileLock(f"build/{path.name}.lock"):
+        sizes = json.loads(path.read_text())["sizes"] if path.exists() else {}
+        sizes.setdefault(size, {}).setdefault(str(seed), {}).update(measured)
+        whole = {"data": data, "date": datetime.date.today().isoformat(), "sizes": sizes}
+        path.with_suffix(".part").write_text(json.dumps(whole, indent=1) + "\n")
+        path.with_suffix(".part").replace(path)
+    return sizes
 
 
 def draw(rows: dict, data: str) -> None:
@@ -55,39 +72,84 @@ def draw(rows: dict, data: str) -> None:
     figure.savefig(RESULTS / f"quality-{data}.png", dpi=100)
 
 
+def draw_curve(sizes: dict, methods: list[str], data: str) -> None:
+    """Mean recall against the number of training pairs, a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for method in methods:
+        points = []
+        for splits in sizes.values():
+            of = [split[method] for split in splits.values() if method in split]
+            values = 100 * np.array([m[list(VARIANTS)[-1]]["mean_recall"] for m in of])
+            if len(of):
+                error = values.std(ddof=1) / len(of) ** 0.5 if len(of) > 1 else 0.0
+                points.append((np.mean([m["training_rows"] for m in of]), values.mean(), error))
+        rows, means, errors = zip(*sorted(points), strict=True)
+        style = {"color": "#1a6fb0", "linewidth": 2.5} if method == "altmoe" else {"linewidth": 1.2}
+        axis.errorbar(rows, means, yerr=errors, label=method, capsize=3, marker="o", **style)
+    axis.set(xscale="log", xlabel="training pairs", ylabel=f"mean recall on held-out concepts of {data}, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(RESULTS / f"curve-{data}.png", dpi=100)
+
+
+def recipe_for(data: str) -> str:
+    """A data set's own recipe where there is one, else the small sets'."""
+    own = Path(f"model_cards/recipes/{data}.yaml")
+    return str(own if own.exists() else own.with_name("stamps.yaml"))
+
+
 def main() -> None:
-    """Run what is missing, print the table, write the JSON."""
+    """Run what is missing, print the tables, write the JSON, draw."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--data", default="stamps", choices=["stamps", "twemoji"])
-    parser.add_argument("--seeds", type=int, default=5, help="number of splits (default: 5)")
+    parser.add_argument("--data", default="stamps", help="a folder of build/stores with an image and a text store")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="splits (default: 0 1 2 3 4)")
+    parser.add_argument(
+        "--concepts", type=int, nargs="+", default=[0], help="training concepts, 0: all; several give a curve"
+    )
     parser.add_argument("--baselines", nargs="*", default=list(DEFAULT_BASELINES))
+    parser.add_argument("--no_paper", action="store_true", help="leave out the paper's plain configuration")
     arguments = parser.parse_args()
+    for modality in ("image", "text"):
+        if not Path(f"build/stores/{arguments.data}/{modality}").is_dir():
+            parser.error(f"no store at build/stores/{arguments.data}/{modality}: run 'altmoe encode' (see README)")
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"quality-{arguments.data}.json"
-    splits = json.loads(path.read_text())["splits"] if path.exists() else {}
-    for seed in range(arguments.seeds):
-        done = splits.setdefault(str(seed), {})
-        missing = [name for name in arguments.baselines if name not in done]
-        if "altmoe" not in done or missing:
-            result = run_split(arguments.data, f"model_cards/recipes/{arguments.data}.yaml", seed, missing)
-            done.update(result["methods"])
-            done["altmoe"]["seconds"] = result["seconds"]
-        if "paper" not in done:
-            result = run_split(arguments.data, "model_cards/recipes/paper.yaml", seed, [])
-            done["paper"] = {**result["methods"]["altmoe"], "seconds": result["seconds"]}
-        date = datetime.date.today().isoformat()
-        path.write_text(json.dumps({"data": arguments.data, "date": date, "splits": splits}, indent=1) + "\n")
-    rows: dict = {}
-    for method in ("altmoe", "paper", *arguments.baselines):
-        of = [splits[str(seed)][method] for seed in range(arguments.seeds)]
-        best = [m["both_directions+hubness"] for m in of]
-        rows[method] = {name.replace("_", " "): [m[name]["mean_recall"] for m in of] for name in VARIANTS}
-        for direction in ("image->text", "text->image"):
-            rows[method][f"{direction} R@1"] = [m[direction]["recall@1"] for m in best]
-            rows[method][f"{direction} R@10"] = [m[direction]["recall@10"] for m in best]
-    print(f"\n{arguments.data}, mean recall in percent ± standard error over {arguments.seeds} splits\n")
-    print(format_table(rows))
-    draw(rows, arguments.data)
+    sizes = json.loads(path.read_text())["sizes"] if path.exists() else {}
+    for seed in arguments.seeds:
+        for concepts in arguments.concepts:
+            size = str(concepts or "all")
+            done = sizes.get(size, {}).get(str(seed), {})
+            missing = [name for name in arguments.baselines if name not in done]
+            if "altmoe" not in done or missing:
+                recipe = recipe_for(arguments.data)
+                measured = run_split(arguments.data, recipe, seed, concepts, missing)
+                sizes = keep(path, arguments.data, size, seed, measured)
+            if "paper" not in done and not arguments.no_paper:
+                measured = run_split(arguments.data, "model_cards/recipes/paper.yaml", seed, concepts, [])
+                sizes = keep(path, arguments.data, size, seed, {"paper": measured["altmoe"]})
+    methods = ["altmoe", *([] if arguments.no_paper else ["paper"]), *arguments.baselines]
+    for concepts in arguments.concepts:
+        rows: dict = {}
+        for method in methods:
+            of = [sizes[str(concepts or "all")][str(seed)][method] for seed in arguments.seeds]
+            best = [m[list(VARIANTS)[-1]] for m in of]
+            rows[method] = {name.replace("_", " "): [m[name]["mean_recall"] for m in of] for name in VARIANTS}
+            for direction in ("image->text", "text->image"):
+                rows[method][f"{direction} R@1"] = [m[direction]["recall@1"] for m in best]
+                rows[method][f"{direction} R@10"] = [m[direction]["recall@10"] for m in best]
+        named = f"{concepts} training concepts" if concepts else "all training pairs"
+        print(f"\n{arguments.data}, {named}, mean recall in % ± standard error over {len(arguments.seeds)} splits\n")
+        print(format_table(rows))
+        if not concepts:
+            draw(rows, arguments.data)
+    if len(arguments.concepts) > 1:
+        draw_curve(sizes, methods, arguments.data)
 
 
 if __name__ == "__main__":

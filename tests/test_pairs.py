@@ -95,3 +95,17 @@ def test_bad_pairs_are_refused():
         LatentPairs({"image": bad}, {"image": ["a", "b", "c"]}, [])
     with pytest.raises(ValueError, match="Unknown modality 'txt'"):
         LatentPairs({"image": torch.zeros(1, 2)}, {"image": ["a"]}, ["image->txt"])
+
+
+def test_samples_of_concepts_are_nested_and_whole():
+    keys = [f"k{i}" for i in range(30)]
+    groups = {key: f"g{i // 3}" for i, key in enumerate(keys)}
+    latents = {m: torch.randn(30, 4) for m in ("image", "text")}
+    pairs = LatentPairs(latents, {m: keys for m in latents}, BOTH, groups)
+    small, large = (pairs.sample_concepts(count, seed=1) for count in (3, 6))
+    assert len(small.latents["image"]) == 9 and len(large.latents["text"]) == 18
+    assert set(small.keys["image"]) < set(large.keys["image"])
+    assert small.keys["text"] == pairs.sample_concepts(3, seed=1).keys["text"]
+    assert small.keys["text"] != pairs.sample_concepts(3, seed=2).keys["text"]
+    with pytest.raises(ValueError, match="train_concepts=11, but only 10 concepts"):
+        pairs.sample_concepts(11, seed=1)

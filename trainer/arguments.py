@@ -46,6 +46,7 @@ class AltMoEArguments(TrainingArguments):
     split_seed: int = _help("seed of the split by concept", 0)
     test_fraction: float = _help("share of concepts kept for the final evaluation; never used in training", 0.2)
     validation_fraction: float = _help("share of concepts for early stopping and post-processing", 0.1)
+    train_concepts: int = _help("train on so many concepts only, seeded by split_seed; 0: all (learning curves)", 0)
 
     # connector (see AltMoEConfig)
     hidden_size: int = _help("width of the connector, a multiple of 8", 128)
@@ -123,6 +124,8 @@ class AltMoEArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to below 1.")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # a step in one direction leaves the other heads unused
+        if self.train_concepts < 0:
+            raise ValueError(f"train_concepts={self.train_concepts}: expected 0 (all) or a positive number.")
         if self.max_landmarks < 1:
             raise ValueError(f"max_landmarks={self.max_landmarks}: expected at least 1.")
         super().__post_init__()

@@ -128,6 +128,20 @@ class LatentPairs(Dataset):
             keys[modality] = [self.keys[modality][row] for row in chosen]
         return LatentPairs(latents, keys, self.directions, self.groups)
 
+    def sample_concepts(self, count: int, seed: int) -> "LatentPairs":
+        """The pairs of `count` concepts. Samples of one seed are nested: a larger one holds every smaller one.
+
+        Raises:
+            ValueError: more concepts asked for than there are.
+        """
+        here = np.unique(np.concatenate(list(self.key_codes.values())))
+        concepts = sorted({self.groups[self.key_names[code]] for code in here})
+        if count > len(concepts):
+            raise ValueError(f"train_concepts={count}, but only {len(concepts)} concepts are left to train on.")
+        order = np.random.default_rng([seed, len(concepts)]).permutation(len(concepts))
+        chosen = {concepts[place] for place in order[:count]}
+        return self.subset({int(code) for code in here if self.groups[self.key_names[code]] in chosen})
+
     # ---------------------------------------------------------------- matches
 
     def _keys_of_source(self, modality: str) -> np.ndarray:

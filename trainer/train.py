@@ -53,7 +53,10 @@ def make_model(arguments: AltMoEArguments, stores: dict[str, LatentStore]) -> Al
 def open_parts(model: AltMoEModel, stores: dict[str, LatentStore], recipe: dict) -> dict[str, LatentPairs]:
     """The pairs of a model's stores, split by concept as a recipe says: `{"train", "validation", "test"}`."""
     pairs = LatentPairs.from_stores({m: stores[m] for m in model.config.modalities}, model.directions)
-    return pairs.split(recipe["split_seed"], recipe["test_fraction"], recipe["validation_fraction"])
+    parts = pairs.split(recipe["split_seed"], recipe["test_fraction"], recipe["validation_fraction"])
+    if wanted := recipe.get("train_concepts", 0):  # absent in recipes of earlier versions
+        parts["train"] = parts["train"].sample_concepts(wanted, recipe["split_seed"])
+    return parts
 
 
 def load_processors(model: AltMoEModel) -> AltMoEProcessor | None:

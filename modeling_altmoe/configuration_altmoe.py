@@ -72,6 +72,8 @@ class AltMoEConfig(PreTrainedConfig):
         latent_noise (`float`): standard deviation of Gaussian noise added to the standardised source latents in
             training (they have unit variance per component, so 0.5 is half their size).
         base (`str`): closed form under the experts: `"none"`, `"ridge"` or `"kernel"` (kernel ridge regression).
+        target_metric (`bool`): the contrastive term's closed form is seen through a metric of the target latents, which
+            is fitted with it (see `trainer.target_metric`).
         base_features (`dict[str, int]`): features of the closed form for each direction; written when it is fitted.
         scoring (`dict[str, dict]`): post-processing of scores by direction; written by `AltMoEModel.set_scoring`.
         head_scale (`float`): size of the experts' correction relative to the closed form's unit predictions.
@@ -101,6 +103,7 @@ class AltMoEConfig(PreTrainedConfig):
     dropout: float = 0.1
     latent_noise: float = 0.5
     base: str = "kernel"
+    target_metric: bool = False
     base_features: dict[str, int] | None = None
     scoring: dict[str, Any] | None = None
     head_scale: float = 1.0

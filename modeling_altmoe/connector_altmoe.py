@@ -79,9 +79,12 @@ class ClosedFormBase(nn.Module):
     Ridge: features are the source itself, `(b, d_source)`. Kernel: `exp(gamma (cos(u, landmark) - 1))`, `(b, n)`,
     which on unit vectors is the Gaussian kernel (with all training items as landmarks: exact kernel ridge
     regression; with a subset: Nystroem). Both: `features @ weight + bias`. Fitted by the trainer, never by gradient.
+
+    With `has_metric`, `seen` multiplies a prediction by a symmetric matrix `(d_target, d_target)`, so that its inner
+    product with a target is the one of partly whitened targets, while the targets themselves stay as they are stored.
     """
 
-    def __init__(self, kind: str, source_size: int, target_size: int, num_features: int):
+    def __init__(self, kind: str, source_size: int, target_size: int, num_features: int, has_metric: bool = False):
         super().__init__()
         self.kind = kind
         if kind == "kernel":
@@ -89,6 +92,13 @@ class ClosedFormBase(nn.Module):
             self.register_buffer("gamma", torch.ones(()))
         self.register_buffer("weight", torch.zeros(num_features, target_size))
         self.register_buffer("bias", torch.zeros(target_size))
+        self.has_metric = has_metric
+        if has_metric:
+            self.register_buffer("metric", torch.eye(target_size))
+
+    def seen(self, prediction: torch.Tensor) -> torch.Tensor:
+        """A prediction `(b, d_target)` as the score sees it."""
+        return prediction @ self.metric if self.has_metric else prediction
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
         features = source
@@ -200,12 +210,13 @@ class AltMoEConnector(nn.Module):
     def _add_base(self, direction: str, num_features: int) -> ClosedFormBase:
         sources, target = self.config.resolve(direction)
         source_size = sum(self.config.latent_size(m) for m in sources)
-        base = ClosedFormBase(self.config.base, source_size, self.config.latent_size(target), num_features)
+        target_size = self.config.latent_size(target)
+        base = ClosedFormBase(self.config.base, source_size, target_size, num_features, self.config.target_metric)
         self.base[direction] = base
         return base
 
     @torch.no_grad()
-    def set_base(self, direction: str, weight, bias, landmarks=None, gamma=None) -> None:
+    def set_base(self, direction: str, weight, bias, landmarks=None, gamma=None, metric=None) -> None:
         """Install a fitted closed form for one direction (and note its size in the configuration).
 
         Args:
@@ -214,6 +225,7 @@ class AltMoEConnector(nn.Module):
             bias: `(d_target,)`.
             landmarks: `(features, d_source)`, kernel only.
             gamma: kernel width, kernel only.
+            metric: `(d_target, d_target)`, only with `config.target_metric`; default: the identity.
         """
         device = self.router.weight.device
         base = self._add_base(direction, len(weight)).to(device)
@@ -222,6 +234,8 @@ class AltMoEConnector(nn.Module):
         if base.kind == "kernel":
             base.landmarks.copy_(landmarks)
             base.gamma.fill_(float(gamma))
+        if metric is not None:
+            base.metric.copy_(metric)
         self.config.base_features[direction] = len(weight)
 
     def source(self, latents: dict[str, torch.Tensor], direction: str) -> torch.Tensor:
@@ -265,5 +279,7 @@ class AltMoEConnector(nn.Module):
         if base_prediction is None and direction in self.base:
             base_prediction = self.base[direction](self.source(latents, direction))
         if base_prediction is not None:
-            predictions = [base_prediction + prediction for prediction in predictions]
+            predictions[REGRESSION] = base_prediction + predictions[REGRESSION]
+            seen = self.base[direction].seen(base_prediction) if direction in self.base else base_prediction
+            predictions[CONTRASTIVE] = seen + predictions[CONTRASTIVE]
         return DirectionOutput(predictions[CONTRASTIVE], predictions[REGRESSION], logits, indices, weights)

@@ -138,6 +138,21 @@ def test_with_a_base_training_starts_at_the_base():
 
 
 @torch.no_grad()
+def test_target_metric_changes_the_score_and_not_the_estimate():
+    model, latents = small_model(base="ridge", target_metric=True), paired_latents(10)
+    weight, metric = torch.randn(24, 16), torch.randn(16, 16)
+    model.connector.set_base("image->text", weight, torch.zeros(16))
+    plain = model.connector(latents, "image->text")
+    torch.testing.assert_close(plain.contrastive, plain.regression)  # the identity until one is fitted
+    model.connector.set_base("image->text", weight, torch.zeros(16), metric=metric)
+    output = model.connector(latents, "image->text")
+    torch.testing.assert_close(output.regression, plain.regression)
+    torch.testing.assert_close(output.contrastive, plain.regression @ metric)
+    given = model.connector(latents, "image->text", base_prediction=torch.ones(10, 16))
+    torch.testing.assert_close(given.contrastive, torch.ones(10, 16) @ metric)
+
+
+@torch.no_grad()
 def test_kernel_base_is_the_gaussian_kernel_on_unit_vectors():
     model, latents = small_model(base="kernel"), paired_latents(10)
     landmarks = F.normalize(torch.randn(7, 24), dim=-1)

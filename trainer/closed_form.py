@@ -81,7 +81,7 @@ def fit_closed_form(
     gammas: Sequence[float] = KERNEL_GAMMAS,
     lambdas: Sequence[float] | None = None,
     max_landmarks: int = 4096,
-    max_selection_rows: int = 4096,
+    maxselection_rows: int = 4096,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     weights: Tensor | None = None,
@@ -96,7 +96,7 @@ def fit_closed_form(
         gammas: kernel sharpness values to try; ignored for ridge.
         lambdas: penalties to try; default `KERNEL_LAMBDAS` or `RIDGE_LAMBDAS`.
         max_landmarks: all distinct sources are landmarks up to this number, a seeded random subset above it.
-        max_selection_rows: rows (whole groups, seeded) the criterion is measured on. Every row is always fitted.
+        maxselection_rows: rows (whole groups, seeded) the criterion is measured on. Every row is always fitted.
         seed: for the two subsets.
         dtype: of the computation; default float64, but float32 above `DOUBLE_ROWS` rows, which halves the time and
             agrees to about 1e-3 at the chosen point (measured). The result has the dtype of `sources`.
@@ -108,7 +108,7 @@ def fit_closed_form(
     """
     lambdas = tuple(lambdas if lambdas is not None else (KERNEL_LAMBDAS if kind == "kernel" else RIDGE_LAMBDAS))
     problem = _Problem(sources, targets, groups, kind, gammas, lambdas, max_landmarks, seed, dtype, weights)
-    selection = _selection_rows(problem.groups, max_selection_rows, problem.generator)
+    selection = selection_rows(problem.groups, maxselection_rows, problem.generator)
     grid, best = [], None
     for gamma, spectrum in problem.spectra():
         held_out = spectrum.leave_group_out(problem.groups, selection)
@@ -305,7 +305,7 @@ def _choose_landmarks(sources: Tensor, max_landmarks: int, generator: torch.Gene
     return F.normalize(sources[first], dim=1)
 
 
-def _selection_rows(groups: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+def selection_rows(groups: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Rows of whole groups, at most `limit` of them (but never fewer than two groups)."""
     if len(groups) <= limit:
         return torch.arange(len(groups), device=groups.device)

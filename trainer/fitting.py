@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from trainer.closed_form import fit_closed_form
 from trainer.pairs import LatentPairs
+from trainer.target_metric import fit_target_metric
 
 
 def fit_frames(model, pairs: LatentPairs) -> None:
@@ -21,7 +22,7 @@ def fit_frames(model, pairs: LatentPairs) -> None:
 
 @torch.no_grad()
 def fit_bases(model, pairs: LatentPairs, max_landmarks: int = 2048, seed: int = 0, progress: bool = True) -> dict:
-    """Fit a closed form for every direction, in place.
+    """Fit a closed form (and, with `config.target_metric`, a metric of its targets) for every direction, in place.
 
     Args:
         model: an [`AltMoEModel`] whose frames are fitted and whose `config.base` is not `"none"`.
@@ -59,7 +60,10 @@ def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progres
         fit = fit_closed_form(
             source.cpu(), targets.cpu(), groups, kind=model.config.base, max_landmarks=max_landmarks, seed=seed
         )
-        connector.set_base(direction, fit.weight, fit.bias, fit.landmarks, fit.gamma)
+        metric = None
+        if model.config.target_metric:
+            metric, _ = fit_target_metric(fit.out_of_sample, targets.cpu(), groups, seed=seed)
+        connector.set_base(direction, fit.weight, fit.bias, fit.landmarks, fit.gamma, metric)
         first = pairs.latents[sources[0]]
         table = torch.zeros(len(first), targets.shape[-1], device=device)
         table[torch.from_numpy(rows).to(device)] = fit.out_of_sample.float().to(device)

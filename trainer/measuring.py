@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from modeling_altmoe.configuration_altmoe import parse_direction
-from modeling_altmoe.scoring_altmoe import reverse_direction
+from modeling_altmoe.scoring_altmoe import reverse_direction, score_matrix
 from trainer.evaluation import KS, RetrievalData, evaluate_retrieval, fit_postprocessing
-from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import retrieval_metrics
+from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import ranks, retrieval_metrics
 from trainer.pairs import LatentPairs
 
 TRUSTS = (0.0, 0.0625, 0.25, 0.5625, 1.0)  # squares of quarter steps: denser where the base is hard to beat
@@ -56,15 +56,15 @@ def retrieval_data(pairs: LatentPairs, pair: tuple[str, str], device="cpu") -> R
 
 
 @torch.no_grad()
-def _fused_metrics(model, pairs: LatentPairs, direction: str) -> dict:
-    """One-direction metrics where several sources are fused: every source against all targets."""
+def _fused_scores(model, pairs: LatentPairs, direction: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and matches of one direction with several sources: every source against all targets."""
     sources, target = parse_direction(direction)
     batch = pairs.batch(direction, range(len(pairs.rows[direction])))
     gallery = np.flatnonzero(np.isin(pairs.key_codes[target], np.unique(batch["keys"])))
     latents = {m: batch["latents"][m].to(model.device) for m in sources}
     items = model.gallery(direction, pairs.latents[target][torch.from_numpy(gallery)].to(model.device))
     scores = model.queries(direction, latents) @ items.T
-    return retrieval_metrics(scores.cpu().numpy(), pairs.matches(direction, batch["source_rows"], gallery).numpy(), KS)
+    return scores.cpu().numpy(), pairs.matches(direction, batch["source_rows"], gallery).numpy()
 
 
 def evaluate_pairs(model, pairs: LatentPairs, scored: bool = False) -> dict[str, float]:
@@ -81,7 +81,7 @@ def evaluate_pairs(model, pairs: LatentPairs, scored: bool = False) -> dict[str,
         recall@1, @5 and @10.
     """
     found, fused = modality_pairs(model.directions)
-    results = {direction: _fused_metrics(model, pairs, direction) for direction in fused}
+    results = {direction: retrieval_metrics(*_fused_scores(model, pairs, direction), KS) for direction in fused}
     for pair in found:
         data = retrieval_data(pairs, pair, model.device)
         if scored:
@@ -94,19 +94,41 @@ def evaluate_pairs(model, pairs: LatentPairs, scored: bool = False) -> dict[str,
     return {"mean_recall": float(np.mean([metrics["mean_recall"] for metrics in results.values()])), **flat}
 
 
+@torch.no_grad()
+def _log_ranks(model, data: RetrievalData) -> np.ndarray:
+    """Log of the rank of every query's best match, both directions of a pair: smoother than recall at three places."""
+    post = fit_postprocessing(model, {}, data, correct_hubness=False)
+    found = []
+    for direction in data.directions():
+        if direction in model.directions:
+            source, _, target = direction.partition("->")
+            scores = score_matrix(model, post, direction, {source: data.latents[source]}, data.latents[target])
+            found.append(np.log(ranks(scores.cpu().numpy(), data.relevant_for(direction).cpu().numpy())))
+    return np.concatenate(found)
+
+
 def fit_trust(model, validation: LatentPairs) -> float:
     """Choose on validation how far the experts' correction of the base is trusted, and keep it in the model.
 
-    The base alone (0) is among the choices, so the model is never worse on validation than its own closed form.
-    Of equals the largest wins: it is what was trained.
+    The criterion is the mean log rank of the best match. The base alone (0) is among the choices, and the smallest
+    trust within one standard error of the best wins (Breiman et al. 1984, the one-standard-error rule, with paired
+    errors): with few validation items the experts must show that they help.
     """
-    recalls = {}
+    found, fused = modality_pairs(model.directions)
+    data = [retrieval_data(validation, pair, model.device) for pair in found]
+    values = {}
     for trust in TRUSTS:
         model.connector.trust.fill_(trust)
-        recalls[trust] = evaluate_pairs(model, validation)["mean_recall"]
-    best = max(TRUSTS, key=lambda trust: (recalls[trust], trust))
-    model.connector.trust.fill_(best)
-    return best
+        parts = [_log_ranks(model, part) for part in data]
+        parts += [np.log(ranks(*_fused_scores(model, validation, direction))) for direction in fused]
+        values[trust] = np.concatenate(parts)
+    best = min(TRUSTS, key=lambda trust: values[trust].mean())
+    for trust in TRUSTS:
+        worse = values[trust] - values[best]
+        if worse.mean() <= worse.std(ddof=1) / len(worse) ** 0.5:
+            break
+    model.connector.trust.fill_(trust)
+    return trust
 
 
 def fit_scoring(model, train: LatentPairs, validation: LatentPairs, max_bank: int = 1024) -> None:

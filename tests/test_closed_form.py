@@ -208,3 +208,19 @@ def test_predict_names_a_wrong_width():
     with pytest.raises(ValueError, match="6-d sources"):
         fit.predict(torch.zeros(2, 5))
     assert fit.predict(torch.zeros(0, 6, dtype=torch.float64)).shape == (0, 4)
+
+
+def test_out_of_fold_is_leave_group_out_with_folds_as_groups():
+    x, y, groups = pairs(n=40, n_groups=12)
+    fit = fit_closed_form(x, y, groups, gammas=(4.0,), lambdas=(0.3,), folds=groups % 3)
+    by_fold = fit_closed_form(x, y, groups % 3, gammas=(4.0,), lambdas=(0.3,))
+    torch.testing.assert_close(fit.out_of_fold, by_fold.out_of_sample)
+    assert not torch.allclose(fit.out_of_fold, fit.out_of_sample)
+
+
+def test_items_may_be_finer_than_groups():
+    x, y, groups = pairs(n=40, n_groups=6)
+    coarse = fit_closed_form(x, y, groups, gammas=(4.0,), lambdas=(0.3,))
+    fine = fit_closed_form(x, y, groups, gammas=(4.0,), lambdas=(0.3,), items=torch.arange(40))
+    torch.testing.assert_close(coarse.out_of_sample, fine.out_of_sample)
+    assert fine.grid[0]["criterion"] < coarse.grid[0]["criterion"]  # fewer positives to be found

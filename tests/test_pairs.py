@@ -109,3 +109,14 @@ def test_samples_of_concepts_are_nested_and_whole():
     assert small.keys["text"] != pairs.sample_concepts(3, seed=2).keys["text"]
     with pytest.raises(ValueError, match="train_concepts=11, but only 10 concepts"):
         pairs.sample_concepts(11, seed=1)
+
+
+def test_items_join_keys_that_share_a_latent():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, 4, generator=generator)
+    image, text = rows[[0, 1, 2, 3]], rows[[0, 0, 1, 2]]  # a and b share a text; c and d share nothing
+    keys = ["a", "b", "c", "d"]
+    pairs = LatentPairs({"image": image, "text": text}, {"image": keys, "text": keys}, ["image->text"])
+    assert pairs.items_of_keys().tolist() == [0, 0, 2, 3]
+    chained = LatentPairs({"image": rows[[0, 1, 1, 3]], "text": text}, {"image": keys, "text": keys}, ["image->text"])
+    assert chained.items_of_keys().tolist() == [0, 0, 0, 3]  # b and c share a picture

@@ -48,6 +48,7 @@ class ClosedFormFit:
         bias: `(d_target,)`; the intercept, that is mean target minus mean feature times `weight`.
         out_of_sample: `(n, d_target)`; for each training row, the prediction of the fit that never saw its group
             (landmarks, gamma and lambda are held fixed); `None` from `closed_form_path`.
+        out_of_fold: the same, made without the row's whole fold, where `folds` were given.
         grid: one `{"gamma", "lam", "criterion"}` per tried pair.
     """
 
@@ -58,6 +59,7 @@ class ClosedFormFit:
     weight: Tensor
     bias: Tensor
     out_of_sample: Tensor | None = None
+    out_of_fold: Tensor | None = None
     grid: list[dict] = field(default_factory=list)
 
     def predict(self, sources: Tensor, chunk: int = 8192) -> Tensor:
@@ -85,13 +87,15 @@ def fit_closed_form(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     weights: Tensor | None = None,
+    items: Tensor | None = None,
+    folds: Tensor | None = None,
 ) -> ClosedFormFit:
     """Fits sources to targets and chooses (gamma, lambda) by leave-group-out retrieval on the training rows.
 
     Args:
         sources: `(n, d_source)` centred-unit latents.
         targets: `(n, d_target)` centred-unit latents of the same rows.
-        groups: `(n,)` integer ids; rows of one group are left out together and are each other's positives.
+        groups: `(n,)` integer ids; rows of one group are left out together.
         kind: `"kernel"` or `"ridge"`.
         gammas: kernel sharpness values to try; ignored for ridge.
         lambdas: penalties to try; default `KERNEL_LAMBDAS` or `RIDGE_LAMBDAS`.
@@ -101,6 +105,9 @@ def fit_closed_form(
         dtype: of the computation; default float64, but float32 above `DOUBLE_ROWS` rows, which halves the time and
             agrees to about 1e-3 at the chosen point (measured). The result has the dtype of `sources`.
         weights: `(n,)` positive row weights, default 1.
+        items: `(n,)` integer ids; rows of one item are each other's positives. Default: the groups.
+        folds: `(n,)` integer ids of large parts of the rows, whole groups each. For what is judged by retrieval within
+            a fold: there no candidate has been a training target of the prediction that searches for it.
 
     Raises:
         ValueError: shapes that do not fit together, fewer than two groups, an unknown kind, an empty or
@@ -108,12 +115,13 @@ def fit_closed_form(
     """
     lambdas = tuple(lambdas if lambdas is not None else (KERNEL_LAMBDAS if kind == "kernel" else RIDGE_LAMBDAS))
     problem = _Problem(sources, targets, groups, kind, gammas, lambdas, max_landmarks, seed, dtype, weights)
+    items = problem.groups if items is None else items.to(problem.x.device)
     selection = selection_rows(problem.groups, maxselection_rows, problem.generator)
     grid, best = [], None
     for gamma, spectrum in problem.spectra():
         held_out = spectrum.leave_group_out(problem.groups, selection)
         for lam in lambdas:
-            value = retrieval_criterion(held_out(lam), problem.y[selection], problem.groups[selection])
+            value = retrieval_criterion(held_out(lam), problem.y[selection], items[selection])
             grid.append({"gamma": gamma, "lam": lam, "criterion": value})
             if best is None or value > best[0]:
                 best = (value, gamma, lam, spectrum)
@@ -121,6 +129,8 @@ def fit_closed_form(
     fit = problem.fit(gamma, lam, spectrum)
     every_row = torch.arange(len(sources), device=problem.x.device)
     fit.out_of_sample = spectrum.leave_group_out(problem.groups, every_row)(lam).to(sources.dtype)
+    if folds is not None:
+        fit.out_of_fold = spectrum.leave_group_out(folds.to(problem.x.device), every_row)(lam).to(sources.dtype)
     fit.grid = grid
     return fit
 
@@ -147,18 +157,18 @@ def closed_form_path(
             yield problem.fit(gamma, lam, spectrum)
 
 
-def retrieval_criterion(predictions: Tensor, targets: Tensor, groups: Tensor) -> float:
+def retrieval_criterion(predictions: Tensor, targets: Tensor, items: Tensor) -> float:
     """Inverse geometric mean rank, exp(-mean log rank): 1 is perfect.
 
-    Each prediction `(m, d)` searches the targets `(m, d)` by cosine; targets of its group are positives, ties count
+    Each prediction `(m, d)` searches the targets `(m, d)` by cosine; targets of its item are positives, ties count
     against it. Of recall@k, their mean, MRR, cosine, squared error, InfoNCE and this one, this one followed test recall
     most closely over the grid (correlation 0.97-0.99 in every data set and direction measured): recall@k moves in
     steps of whole rows, squared error rewards shrinking everything towards the mean.
     """
     predictions, targets = F.normalize(predictions, dim=1).float(), F.normalize(targets, dim=1).float()
     ranks = []
-    for part, own in zip(predictions.split(1024), groups.split(1024), strict=True):
-        scores, relevant = part @ targets.T, own[:, None] == groups[None, :]
+    for part, own in zip(predictions.split(1024), items.split(1024), strict=True):
+        scores, relevant = part @ targets.T, own[:, None] == items[None, :]
         best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
         ranks.append(1 + ((scores >= best) & ~relevant).sum(dim=1))
     return float(torch.cat(ranks).double().log().mean().neg().exp())

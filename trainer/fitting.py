@@ -5,13 +5,17 @@ direction the base's predictions for training items it was not fitted on. Expert
 mend the base's honest errors, not the near-perfect fit it has on its own training items (stacking, Wolpert 1992).
 """
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from modeling_altmoe.scoring_altmoe import reverse_direction
 from trainer.closed_form import fit_closed_form
 from trainer.pairs import LatentPairs
-from trainer.target_metric import fit_target_metric
+from trainer.target_metric import fit_target_metrics
+
+METRIC_FOLDS = 5
 
 
 def fit_frames(model, pairs: LatentPairs) -> None:
@@ -46,6 +50,10 @@ def fit_bases(model, pairs: LatentPairs, max_landmarks: int = 2048, seed: int = 
 def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool) -> dict:
     out_of_sample = {}
     connector, device = model.connector, model.device
+    items = torch.from_numpy(pairs.items_of_keys())
+    concepts = int(pairs.group_of_key.max()) + 1
+    folds = torch.randperm(concepts, generator=torch.Generator().manual_seed(seed)) % METRIC_FOLDS
+    out_of_fold = {}
     for direction in tqdm(pairs.directions, desc=f"fitting the {model.config.base} base", disable=not progress):
         sources, target = model.config.resolve(direction)
         rows = pairs.rows[direction]
@@ -58,14 +66,49 @@ def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progres
         targets = torch.stack([F.normalize(every_target[torch.from_numpy(p)].mean(0), dim=-1) for p in partners])
         groups = torch.from_numpy(pairs.group_of_key[batch["keys"]])
         fit = fit_closed_form(
-            source.cpu(), targets.cpu(), groups, kind=model.config.base, max_landmarks=max_landmarks, seed=seed
+            source.cpu(),
+            targets.cpu(),
+            groups,
+            kind=model.config.base,
+            max_landmarks=max_landmarks,
+            seed=seed,
+            items=items[batch["keys"]],
+            folds=folds[groups],
         )
-        metric = None
-        if model.config.target_metric:
-            metric, _ = fit_target_metric(fit.out_of_sample, targets.cpu(), groups, seed=seed)
-        connector.set_base(direction, fit.weight, fit.bias, fit.landmarks, fit.gamma, metric)
+        connector.set_base(direction, fit.weight, fit.bias, fit.landmarks, fit.gamma)
         first = pairs.latents[sources[0]]
         table = torch.zeros(len(first), targets.shape[-1], device=device)
         table[torch.from_numpy(rows).to(device)] = fit.out_of_sample.float().to(device)
-        out_of_sample[direction] = table
+        out_of_sample[direction], out_of_fold[direction] = table, fit.out_of_fold
+    if model.config.target_metric:
+        _fit_metrics(model, pairs, out_of_fold, items, folds, seed)
     return out_of_sample
+
+
+def _fit_metrics(model, pairs: LatentPairs, out_of_fold: dict, items, folds, seed: int) -> None:
+    """A metric of the targets for every direction; the two directions of a pair are fitted together."""
+    done = set()
+    for direction in pairs.directions:
+        reverse = reverse_direction(direction)
+        together = [direction, reverse] if reverse in pairs.directions else [direction]
+        if direction in done:
+            continue
+        done.update(together)
+        predictions, targets, keys = {}, {}, {}
+        for name in together:
+            sources, target = model.config.resolve(name)
+            source, rows = "+".join(sources), pairs.rows[name]
+            predictions[source, target] = out_of_fold[name]
+            keys[source] = pairs.key_codes[sources[0]][rows]
+        for name in together:
+            sources, target = model.config.resolve(name)
+            rows = np.flatnonzero(np.isin(pairs.key_codes[target], pairs.key_codes[sources[0]][pairs.rows[name]]))
+            latents = pairs.latents[target][torch.from_numpy(rows)].to(model.device)
+            targets[target] = model.connector.frames[target].unit(latents).cpu()
+            keys[target] = pairs.key_codes[target][rows]
+        parts = {side: folds[torch.from_numpy(pairs.group_of_key[codes])] for side, codes in keys.items()}
+        same = {side: items[codes] for side, codes in keys.items()}
+        metrics, _ = fit_target_metrics(predictions, targets, parts, same, seed=seed)
+        for name in together:
+            sources, target = model.config.resolve(name)
+            model.connector.base[name].metric.copy_(metrics["+".join(sources), target])

@@ -95,22 +95,22 @@ def evaluate_pairs(model, pairs: LatentPairs, scored: bool = False) -> dict[str,
 
 
 @torch.no_grad()
-def _log_ranks(model, data: RetrievalData) -> np.ndarray:
-    """Log of the rank of every query's best match, both directions of a pair: smoother than recall at three places."""
+def _reciprocal_ranks(model, data: RetrievalData) -> np.ndarray:
+    """1 / rank of every query's best match, both directions of a pair: smoother than recall at three places."""
     post = fit_postprocessing(model, {}, data, correct_hubness=False)
     found = []
     for direction in data.directions():
         if direction in model.directions:
             source, _, target = direction.partition("->")
             scores = score_matrix(model, post, direction, {source: data.latents[source]}, data.latents[target])
-            found.append(np.log(ranks(scores.cpu().numpy(), data.relevant_for(direction).cpu().numpy())))
+            found.append(1 / ranks(scores.cpu().numpy(), data.relevant_for(direction).cpu().numpy()))
     return np.concatenate(found)
 
 
 def fit_trust(model, validation: LatentPairs) -> float:
     """Choose on validation how far the experts' correction of the base is trusted, and keep it in the model.
 
-    The criterion is the mean log rank of the best match. The base alone (0) is among the choices, and the smallest
+    The criterion is the mean reciprocal rank. The base alone (0) is among the choices, and the smallest
     trust within one standard error of the best wins (Breiman et al. 1984, the one-standard-error rule, with paired
     errors): with few validation items the experts must show that they help.
     """
@@ -119,12 +119,12 @@ def fit_trust(model, validation: LatentPairs) -> float:
     values = {}
     for trust in TRUSTS:
         model.connector.trust.fill_(trust)
-        parts = [_log_ranks(model, part) for part in data]
-        parts += [np.log(ranks(*_fused_scores(model, validation, direction))) for direction in fused]
+        parts = [_reciprocal_ranks(model, part) for part in data]
+        parts += [1 / ranks(*_fused_scores(model, validation, direction)) for direction in fused]
         values[trust] = np.concatenate(parts)
-    best = min(TRUSTS, key=lambda trust: values[trust].mean())
+    best = max(TRUSTS, key=lambda trust: values[trust].mean())
     for trust in TRUSTS:
-        worse = values[trust] - values[best]
+        worse = values[best] - values[trust]
         if worse.mean() <= worse.std(ddof=1) / len(worse) ** 0.5:
             break
     model.connector.trust.fill_(trust)

@@ -177,6 +177,21 @@ class LatentPairs(Dataset):
                     result[position] |= contents[target_rows] == content
         return torch.from_numpy(result)
 
+    def items_of_keys(self) -> np.ndarray:
+        """`(keys,)` one id for all keys that share an identical latent, directly or through others.
+
+        Finer than concepts: a split keeps a concept together, a search must still tell its members apart.
+        """
+        item = np.arange(len(self.key_names))
+        while True:
+            before = item.copy()
+            for modality, codes in self.key_codes.items():
+                lowest = np.full(len(self.contents[modality]), len(item))
+                np.minimum.at(lowest, self.contents[modality], item[codes])
+                np.minimum.at(item, codes, lowest[self.contents[modality]])
+            if (item == before).all():
+                return item
+
     def partner(self, modality: str, keys: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         """One row of `modality` for each key code: a random one with a generator, else the first."""
         found = [self._rows_of_key[modality][int(key)] for key in keys]

@@ -1,7 +1,7 @@
 """A metric of the target space, in closed form: which directions of the target latents a score should listen to.
 
-In: leave-group-out predictions of a closed form and the targets they aim at. Out: one symmetric matrix M such that
-`(prediction @ M) . target` ranks better than `prediction . target`.
+In: out-of-fold predictions of closed forms and the targets they aim at. Out: for each direction one symmetric matrix
+M such that `(prediction @ M) . target` ranks better than `prediction . target`.
 
 Least squares predicts best where targets vary most, and what varies most is often what all items of a kind share. With
 C the covariance of the targets and c its mean eigenvalue,
@@ -10,82 +10,107 @@ C the covariance of the targets and c its mean eigenvalue,
 
 power 0 is the plain inner product; power 1 is Mahalanobis' (Fisher's discriminant direction, Fisher 1936), shrunken by
 `ridge`; between them lies canonical correlation analysis, which whitens the targets by the power 1/2. Power and ridge
-are chosen on the training rows alone, by folds of whole groups: a fold's targets have no part in the C they are judged
-with. Nothing stored changes: M acts on the query's side.
+are chosen on the training rows alone, by folds: the targets of a fold have no part in the C they are judged with, nor
+in the closed form that searches among them (negatives that a closed form has seen look too much like what it predicts,
+and the sharper M, the more). Where both directions between two modalities are trained, they are chosen together, for
+the score that both vote in. Nothing stored changes: M acts on the query's side.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from trainer.closed_form import retrieval_criterion, selection_rows
+from torch.nn import functional as F
 
 POWERS = (0.25, 0.5, 0.75, 1.0)
 RIDGES = (0.1, 0.3, 1.0, 3.0)
-CHOICES = ((0.0, 1.0), *((power, ridge) for power in POWERS for ridge in RIDGES))
+PLAIN = (0.0, 1.0)
+CHOICES = (PLAIN, *((power, ridge) for power in POWERS for ridge in RIDGES))
 
 
-def fit_target_metric(
-    predictions: Tensor,
-    targets: Tensor,
-    groups: Tensor,
+def fit_target_metrics(
+    predictions: dict[tuple[str, str], Tensor],
+    targets: dict[str, Tensor],
+    folds: dict[str, Tensor],
+    items: dict[str, Tensor],
     *,
     choices: Sequence[tuple[float, float]] = CHOICES,
-    folds: int = 5,
     max_selection_rows: int = 4096,
     seed: int = 0,
-) -> tuple[Tensor, dict]:
-    """Chooses (power, ridge) on training rows and returns the metric fitted on all of them.
+) -> tuple[dict[tuple[str, str], Tensor], dict]:
+    """Chooses (power, ridge) on training rows and returns the metrics fitted on all of them.
 
     Args:
-        predictions: `(n, d)`, each made without the row's own group (`ClosedFormFit.out_of_sample`).
-        targets: `(n, d)` centred-unit latents.
-        groups: `(n,)` integer ids; a group lies in one fold.
+        predictions: `{(source, target): (n_source, d_target)}` for one direction or for the two between a pair, each
+            row made without its own fold (`ClosedFormFit.out_of_fold`).
+        targets: `{modality: (n, d)}` centred-unit latents of every modality that is a target.
+        folds: `{modality: (n,)}` integer ids for the rows of sources and targets.
+        items: `{modality: (n,)}` integer ids for the same rows; equal ids match, and lie in one fold.
         choices: `(power, ridge)` pairs; the first of equals wins.
-        folds: at least 2; fewer groups than folds: one group a fold.
-        max_selection_rows: rows (whole groups, seeded) the choice is made on. The covariance is of all rows.
-        seed: for folds and rows.
+        max_selection_rows: rows a side (whole items, seeded) that the choice is made on. Covariances are of all rows.
+        seed: for those rows.
 
     Returns:
-        `(M (d, d), {"power", "ridge", "criterion", "plain_criterion"})`; M keeps the predictions' overall length.
+        `({(source, target): M (d_target, d_target)}, {"power", "ridge", "criterion", "plain_criterion"})`. M keeps the
+        predictions' overall length. The criterion is the mean reciprocal rank over queries of all directions: a
+        sharper M gains at the top of a list and loses at its end, so the mean log rank (measured) would choose too
+        weak a one for recall.
 
     Raises:
-        ValueError: shapes that do not fit together, fewer than two groups or folds, no choices, or a choice with a
+        ValueError: shapes that do not fit together, fewer than two folds, no choices, or a choice with a
             negative power or a ridge that is not positive.
     """
-    if predictions.shape != targets.shape or groups.shape != targets.shape[:1]:
-        raise ValueError(
-            "predictions and targets must be (n, d) of the same rows with one group each, got "
-            f"{tuple(predictions.shape)}, {tuple(targets.shape)} and {tuple(groups.shape)}"
-        )
-    if not choices or any(power < 0 or ridge <= 0 for power, ridge in choices):
-        raise ValueError(f"choices need a power from 0 and a ridge above 0, at least one pair, got {choices}")
-    groups = torch.unique(groups, return_inverse=True)[1]
-    count = int(groups.max()) + 1
-    if count < 2 or folds < 2:
-        raise ValueError(f"at least two groups and two folds are needed, got {count} and {folds}")
-    generator = torch.Generator().manual_seed(seed)
-    fold_of_row = (torch.randperm(count, generator=generator) % folds)[groups]
-    chosen = torch.zeros(len(groups), dtype=torch.bool)
-    chosen[selection_rows(groups, max_selection_rows, generator)] = True
-    criteria = torch.zeros(len(choices), dtype=torch.float64)
-    for fold in fold_of_row[chosen].unique():
-        energy, vectors = _spectrum(targets[fold_of_row != fold])
-        here = chosen & (fold_of_row == fold)
-        # a rotation of both sides changes no inner product, and makes every choice a weighting of columns
-        said, true = predictions[here] @ vectors, targets[here] @ vectors
-        for place, (power, ridge) in enumerate(choices):
-            value = retrieval_criterion(said * (energy + ridge) ** -power, true, groups[here])
-            criteria[place] += torch.tensor(value).log() * here.sum() / chosen.sum()
-    best = int(criteria.argmax())  # the first of equals
+    _check(predictions, targets, folds, items, choices)
+    every, inverse = torch.unique(torch.cat(list(items.values())), return_inverse=True)
+    items = dict(zip(items, inverse.split([len(rows) for rows in items.values()]), strict=True))
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    most = torch.stack([torch.bincount(rows, minlength=len(every)) for rows in items.values()]).amax(0)
+    chosen = torch.zeros(len(every), dtype=torch.bool)
+    chosen[order[: max(2, int((most[order].cumsum(0) <= max_selection_rows).sum()))]] = True
+
+    totals = torch.zeros(len(choices), dtype=torch.float64)
+    queries = 0
+    for fold in torch.cat(list(folds.values())).unique():
+        here = {m: (chosen[rows] & (folds[m] == fold)).nonzero()[:, 0] for m, rows in items.items()}
+        parts = []
+        for (source, target), said in predictions.items():
+            energy, vectors = _spectrum(targets[target][folds[target] != fold])
+            # a rotation of both sides changes no inner product, and makes every choice a weighting of columns
+            parts.append((said[here[source]] @ vectors, targets[target][here[target]] @ vectors, energy))
+        source, target = next(iter(predictions))
+        match = items[source][here[source]][:, None] == items[target][here[target]][None, :]
+        if match.any() and not match.all():
+            for place, choice in enumerate(choices):
+                found = _reciprocal_ranks(parts, match, *choice)
+                totals[place] += found.sum()
+            queries += len(found)
+    best = int(totals.argmax())  # the first of equals
     power, ridge = choices[best]
-    energy, vectors = _spectrum(targets)
-    metric = (vectors * (energy + ridge) ** -power) @ vectors.T
-    metric *= predictions.norm() / (predictions @ metric).norm().clamp_min(1e-12)
-    plain = choices.index((0.0, 1.0)) if (0.0, 1.0) in choices else best
-    values = {"criterion": float(criteria[best].exp()), "plain_criterion": float(criteria[plain].exp())}
-    return metric, {"power": power, "ridge": ridge, **values}
+    metrics = {}
+    for (source, target), said in predictions.items():
+        energy, vectors = _spectrum(targets[target])
+        metric = (vectors * (energy + ridge) ** -power) @ vectors.T
+        metrics[source, target] = metric * (said.norm() / (said @ metric).norm().clamp_min(1e-12))
+    criteria = totals / max(1, queries)
+    plain = choices.index(PLAIN) if PLAIN in choices else best
+    values = {"criterion": float(criteria[best]), "plain_criterion": float(criteria[plain])}
+    return metrics, {"power": power, "ridge": ridge, **values}
+
+
+def _reciprocal_ranks(parts: list, match: Tensor, power: float, ridge: float) -> Tensor:
+    """1 / rank of every query's best match, of both directions' standardised scores where there are two."""
+    scores = 0
+    for place, (said, true, energy) in enumerate(parts):
+        found = F.normalize(said * (energy + ridge) ** -power, dim=1) @ true.T
+        found = found.T if place else found
+        scores = scores + found / found[~match].std(correction=0).clamp_min(1e-12)
+    result = []
+    for table, right in ((scores, match), (scores.T, match.T))[: len(parts)]:
+        answered = right.any(1)
+        table, right = table[answered], right[answered]
+        best = table.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        result.append(1 / (1 + ((table >= best) & ~right).sum(1)).double())
+    return torch.cat(result)
 
 
 def _spectrum(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,3 +119,24 @@ def _spectrum(targets: Tensor) -> tuple[Tensor, Tensor]:
     energy, vectors = torch.linalg.eigh(centred.T @ centred)
     energy = energy.clamp_min(0)
     return (energy / energy.mean().clamp_min(1e-30)).to(targets.dtype), vectors.to(targets.dtype)
+
+
+def _check(predictions, targets, folds, items, choices) -> None:
+    ways = list(predictions)
+    if not ways or len(ways) > 2 or (len(ways) == 2 and ways[0] != ways[1][::-1]):
+        raise ValueError(f"predictions are for one direction, or for the two between a pair, got {ways}")
+    for (source, target), said in predictions.items():
+        expected = (len(items[source]), targets[target].shape[-1])
+        if tuple(said.shape) != expected or len(targets[target]) != len(items[target]):
+            raise ValueError(
+                f"{source}->{target}: expected predictions {expected} and one item id a target row, got "
+                f"{tuple(said.shape)} and {len(items[target])} ids for {len(targets[target])} targets"
+            )
+    for side, ids in items.items():
+        if folds[side].shape != ids.shape:
+            raise ValueError(f"{side}: {len(folds[side])} fold ids for {len(ids)} rows")
+    if not choices or any(power < 0 or ridge <= 0 for power, ridge in choices):
+        raise ValueError(f"choices need a power from 0 and a ridge above 0, at least one pair, got {choices}")
+    count = len(torch.cat(list(folds.values())).unique())
+    if count < 2:
+        raise ValueError(f"at least two folds are needed, got {count}")

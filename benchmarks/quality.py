@@ -98,12 +98,6 @@ def draw_curve(sizes: dict, methods: list[str], data: str) -> None:
     figure.savefig(RESULTS / f"curve-{data}.png", dpi=100)
 
 
-def recipe_for(data: str) -> str:
-    """A data set's own recipe where there is one, else the small sets'."""
-    own = Path(f"model_cards/recipes/{data}.yaml")
-    return str(own if own.exists() else own.with_name("stamps.yaml"))
-
-
 def main() -> None:
     """Run what is missing, print the tables, write the JSON, draw."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
@@ -127,8 +121,7 @@ def main() -> None:
             done = sizes.get(size, {}).get(str(seed), {})
             missing = [name for name in arguments.baselines if name not in done]
             if "altmoe" not in done or missing:
-                recipe = recipe_for(arguments.data)
-                measured = run_split(arguments.data, recipe, seed, concepts, missing)
+                measured = run_split(arguments.data, "model_cards/recipes/stamps.yaml", seed, concepts, missing)
                 sizes = keep(path, arguments.data, size, seed, measured)
             if "paper" not in done and not arguments.no_paper:
                 measured = run_split(arguments.data, "model_cards/recipes/paper.yaml", seed, concepts, [])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.arguments import parse_arguments
+from trainer.arguments import LARGE_DEFAULTS, parse_arguments
 
 
 @pytest.fixture
@@ -66,3 +66,22 @@ def test_help_shows_our_fields(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help-all"])
     assert "--hub_private_repo" in capsys.readouterr().out
+
+
+def test_defaults_follow_the_number_of_pairs(tmp_path, monkeypatch):
+    class Store:
+        rows = 6000
+
+        def __len__(self):
+            return self.rows
+
+    monkeypatch.setattr("trainer.arguments.LatentStore.open", lambda path: Store())
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("stores: {image: a, text: b}\nhidden_size: 256\n")
+    large = parse_arguments([str(recipe)])
+    assert (
+        large.hidden_size == 256 and large.per_device_train_batch_size == LARGE_DEFAULTS["per_device_train_batch_size"]
+    )
+    assert parse_arguments([str(recipe), "--train_concepts", "500"]).per_device_train_batch_size == 128
+    monkeypatch.setattr(Store, "rows", 5000)  # 3,500 remain for training
+    assert parse_arguments([str(recipe)]).symmetric is False

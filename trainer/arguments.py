@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from modeling_altmoe import AltMoEConfig
+from modeling_altmoe import AltMoEConfig, LatentStore
 from modeling_altmoe.configuration_altmoe import unknown_name_message
 from trainer.schedules import SCHEDULES
 
@@ -25,6 +25,14 @@ COMMON = (
     "eval_strategy", "eval_steps", "save_steps", "logging_steps", "resume_from_checkpoint", "report_to",
     "push_to_hub", "hub_model_id", "bf16",
 )  # fmt: skip
+
+
+LARGE = 4000  # training pairs from which the settings below are the defaults
+LARGE_DEFAULTS = {
+    "hidden_size": 512, "moe_intermediate_size": 128, "dropout": 0.3, "latent_noise": 0.5, "head_scale": 0.5,
+    "alpha": 0.1, "temperature": 0.03, "symmetric": True, "per_device_train_batch_size": 1024, "eval_steps": 50,
+    "save_steps": 50, "early_stopping_patience": 3,
+}  # fmt: skip
 
 
 def _help(text: str, default: Any = dataclasses.MISSING, **extra) -> Any:
@@ -137,6 +145,7 @@ class AltMoEArguments(TrainingArguments):
         return {name: getattr(self, name) for name in sorted(shared)}
 
 
+FIELD_DEFAULTS = {f.name: f.default for f in fields(AltMoEArguments)}
 OWN_FIELDS = {f.name for f in fields(AltMoEArguments)} - {f.name for f in fields(TrainingArguments)}
 
 
@@ -182,6 +191,28 @@ def _convert(values: dict[str, Any], parser: HfArgumentParser) -> dict[str, Any]
     return result
 
 
+def size_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that follow the number of training pairs: many pairs carry wider experts with less noise.
+
+    Chosen on the validation parts of stamps, Twemoji and icons; so one recipe serves all sizes. Where the stores cannot
+    be read, the small sets' defaults stay: opening them for training says what is wrong.
+
+    Args:
+        values: what recipe and flags say.
+    """
+    stores = values.get("stores")
+    try:
+        stores = json.loads(stores) if isinstance(stores, str) else stores
+        rows = min(len(LatentStore.open(path)) for path in stores.values())
+        kept = 1 - sum(
+            float(values.get(name, FIELD_DEFAULTS[name])) for name in ("test_fraction", "validation_fraction")
+        )
+        pairs = min(rows * kept, int(values.get("train_concepts") or rows))
+    except (AttributeError, OSError, TypeError, ValueError):
+        return {}
+    return LARGE_DEFAULTS if pairs >= LARGE else {}
+
+
 def print_help(everything: bool) -> None:
     """Our fields and the common ones of transformers, or all of them."""
     print("usage: altmoe train [RECIPE.yaml] [--key value ...]\n")
@@ -191,6 +222,8 @@ def print_help(everything: bool) -> None:
     for f in shown:
         default = f.default if f.default is not dataclasses.MISSING else None
         text = " ".join(str(f.metadata.get("help", "")).split())
+        if f.name in LARGE_DEFAULTS:
+            default = f"{default}; {LARGE_DEFAULTS[f.name]} from {LARGE} training pairs"
         print(f"  --{f.name:28} {text if everything or len(text) < 90 else text[:87] + '...'} (default: {default})")
     if not everything:
         print("\n  --help-all                     all fields, with the rest of transformers' TrainingArguments")
@@ -223,4 +256,5 @@ def parse_arguments(arguments: list[str] | None = None, defaults: dict[str, Any]
         hint = f" Did you mean{close[2]}" if close[1] else " See 'altmoe train --help'."
         raise ValueError(f"Unknown argument '{unknown[0]}'.{hint}")
     values = {**(defaults or {}), **recipe, **vars(given)}
+    values = {**size_defaults(values), **values}
     return AltMoEArguments(**_convert(values, parser))

@@ -18,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from filelock import FileLock
 
 from trainer.arguments import parse_arguments
-from trainer.evaluate import DEFAULT_BASELINES, EvaluateArguments, evaluate
+from trainer.evaluate import BASELINES, EvaluateArguments, evaluate
 from trainer.evaluation import VARIANTS, format_table
 from trainer.train import train
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument(
         "--concepts", type=int, nargs="+", default=[0], help="training concepts, 0: all; several give a curve"
     )
-    parser.add_argument("--baselines", nargs="*", default=list(DEFAULT_BASELINES))
+    parser.add_argument("--baselines", nargs="*", default=list(BASELINES))
     parser.add_argument("--no_paper", action="store_true", help="leave out the paper's plain configuration")
     arguments = parser.parse_args()
     for modality in ("image", "text"):

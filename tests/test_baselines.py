@@ -1,13 +1,17 @@
 """Baselines learn what is there to learn, learn nothing from shuffled pairs, and keep to one protocol."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modeling_altmoe.scoring_altmoe import score_matrix
-from trainer.baselines import BASELINES, CCA, TRIALS, Chance, KernelRidge, LinearInfoNCE, Ridge
+from trainer.baselines import ASIF, CCA, TRIALS, CentredUnit, Chance, KernelRidge, Ridge
 from trainer.closed_form import fit_closed_form
+from trainer.evaluate import BASELINES
 from trainer.evaluation import RetrievalData, evaluate_retrieval, fit_postprocessing
+from trainer.heads import HEADS, AuthorsAlternating, AuthorsPredictor, AuthorsPublished, LinearInfoNCE, _Run
 
 LEARNING = [name for name in BASELINES if name != "chance"]
 
@@ -28,10 +32,13 @@ def validation_and_test():
     return (RetrievalData.from_groups(*world(n, seed)) for n, seed in ((30, 1), (60, 2)))
 
 
+SMALL = {"learning_rate": (1e-2,), "weight_decay": (0.01,), "size": (16,), "dropout": (0.1,)}
+
+
 def make(name):
     baseline = BASELINES[name]()
-    if name == "linear_infonce":  # one configuration, same code
-        baseline.rates, baseline.decays, baseline.sizes = (1e-2,), (0.01,), (8,)
+    if name in HEADS:  # one configuration, same code
+        baseline.grid = {key: SMALL[key] for key in baseline.grid}
     return baseline
 
 
@@ -76,7 +83,9 @@ def test_vectors_are_unit_and_every_direction_is_served(name):
 def test_budgets_are_equal():
     assert all(len(kind.gammas) * len(kind.lambdas) == TRIALS for kind in (Ridge, KernelRidge))
     assert len(CCA.regularisers) * len(CCA.sizes) * len(CCA.powers) == TRIALS
-    assert len(LinearInfoNCE.rates) * len(LinearInfoNCE.decays) * len(LinearInfoNCE.sizes) == TRIALS
+    assert len(ASIF.kept) * len(ASIF.powers) <= TRIALS
+    sizes = {name: math.prod(len(values) for values in head.grid.values()) for name, head in HEADS.items()}
+    assert len(set(sizes.values())) == 1 and sizes["sail"] <= TRIALS
 
     class Greedy(Chance):
         def candidates(self, train, validation, groups, seed):
@@ -108,13 +117,78 @@ def test_a_shared_space_gives_both_directions_one_score():
     torch.testing.assert_close(forward, backward.T)
 
 
-def test_infonce_is_seeded():
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_seeded_and_leave_the_random_state_alone(name):
     train, groups = world(40, 0)
     validation = next(validation_and_test())
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
     first, again, other = (
-        make("linear_infonce").fit(train, validation, groups, seed).projections for seed in (0, 0, 1)
+        make(name).fit(train, validation, groups, seed).gallery("image->text", train["text"]) for seed in (0, 0, 1)
     )
-    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_halving_runs_every_configuration_and_finishes_the_best():
+    train, groups = world(60, 0)
+    validation = next(validation_and_test())
+    head = LinearInfoNCE()
+    head.grid = {"learning_rate": (1e-2, 1e-5, 3e-3, 1e-6), "weight_decay": (0.01,), "size": (16,)}
+    head.finalists = 2
+    rates = [config["learning_rate"] for config, _ in head.candidates(train, validation, groups, 0)]
+    assert sorted(rates) == [3e-3, 1e-2]
+
+
+def test_a_run_taken_up_again_equals_one_without_a_break():
+    train, groups = world(60, 0)
+    validation = next(validation_and_test())
+    head = make("mlp_infonce")
+    config = {key: values[0] for key, values in head.grid.items()}
+    standard = {m: CentredUnit.fit(x) for m, x in train.items()}
+    rows = {m: standard[m](x) for m, x in train.items()}
+    whole, broken = (_Run(head, config, rows, standard, validation, groups, 0) for _ in range(2))
+    whole.advance(20)
+    for until in (7, 13, 20):
+        broken.advance(until)
+    for a, b in zip(whole.module.parameters(), broken.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_authors_predictor_equals_the_sum_over_chosen_experts():
+    torch.manual_seed(0)
+    module = AuthorsPredictor({"image": 6, "text": 5}, ["image->text", "text->image"], 8, 0.0, experts=5, top_k=2)
+    x = torch.randn(3, 6)
+    hidden = module.read["image"](x) + module.task["image->text"]
+    weights = module.gate(hidden).softmax(-1)
+    for row, found in enumerate(module.query("image->text", x)):
+        expected = hidden[row].clone()
+        for expert in weights[row].topk(2).indices:  # weights as they are: their sum is below one
+            expected += weights[row, expert] * (F.gelu(hidden[row] @ module.up[expert]) @ module.down[expert])
+        torch.testing.assert_close(found, expected)
+
+
+def test_alternating_updates_one_direction_a_step_and_joint_both():
+    torch.manual_seed(0)
+    for head, touched in ((AuthorsPublished(), 2), (AuthorsAlternating(), 1)):
+        module = head.build({"image": 6, "text": 5}, ["image->text", "text->image"], {"size": 8, "dropout": 0.0})
+        rows = {"image": torch.randn(4, 6), "text": torch.randn(4, 5)}
+        head.loss(module, 1, rows, torch.zeros(4, 4, dtype=torch.bool), ["image->text", "text->image"]).backward()
+        assert sum(task.grad is not None for task in module.task.values()) == touched
+
+
+def test_asif_with_every_anchor_is_the_dense_formula():
+    train, groups = world(30, 0)
+    validation, test = validation_and_test()
+    asif = ASIF()
+    asif.kept, asif.powers = (30,), (2.0,)
+    retriever = asif.fit(train, validation, groups)
+    found = retriever.queries("image->text", {"image": test.latents["image"]})
+    standard = CentredUnit.fit(train["image"])
+    dense = (standard(test.latents["image"]) @ standard(train["image"]).T).clamp_min(0) ** 2
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, F.normalize(dense, dim=1)[:, order])
 
 
 def test_wrong_use_is_named():

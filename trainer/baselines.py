@@ -1,25 +1,24 @@
-"""Baselines every result stands beside: chance, ridge, kernel ridge, CCA, and linear heads with InfoNCE.
+"""Baselines every result stands beside, part one: chance, ridge, kernel ridge, CCA and ASIF (trained: `trainer.heads`).
 
 In: training latents of paired rows, a group per row, validation data. Out: a fitted `Retriever`. All of them see the
 same input (centred-unit latents), are compared by validation mean recall *with* the post-processing of
 `trainer.evaluation` (both directions, hubness correction), and may try at most `TRIALS` configurations. Nothing here
 sees test data.
 
-A new baseline is a subclass of `Baseline` with `candidates`, and a line in `BASELINES`.
+A new baseline is a subclass of `Baseline` with `candidates`, and a line in `CLOSED_FORMS` or `trainer.heads.HEADS`.
 """
 
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.closed_form import ClosedFormFit, closed_form_path, fit_closed_form
-from trainer.evaluation import RetrievalData, evaluate_retrieval, fit_postprocessing
+from trainer.evaluation import RetrievalData, fit_postprocessing
 
 TRIALS = 24  # configurations any baseline may compare on validation
 
@@ -38,11 +37,13 @@ class CentredUnit:
         return F.normalize(latents - self.mean, dim=-1)
 
 
-def _both(pair: tuple[str, str]) -> list[str]:
+def both_ways(pair: tuple[str, str]) -> list[str]:
+    """`("image", "text")` -> `["image->text", "text->image"]`."""
     return [f"{pair[0]}->{pair[1]}", f"{pair[1]}->{pair[0]}"]
 
 
-def _ends(direction: str) -> tuple[str, str]:
+def ends(direction: str) -> tuple[str, str]:
+    """`"image->text"` -> `("image", "text")`."""
     source, _, target = direction.partition("->")
     return source, target
 
@@ -59,11 +60,11 @@ class MapRetriever:
         return list(self.maps)
 
     def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
-        source, _ = _ends(direction)
+        source, _ = ends(direction)
         return F.normalize(self.maps[direction].predict(self.standard[source](latents[source])), dim=-1)
 
     def gallery(self, direction: str, latents: Tensor) -> Tensor:
-        return self.standard[_ends(direction)[1]](latents)
+        return self.standard[ends(direction)[1]](latents)
 
 
 @dataclass
@@ -78,11 +79,11 @@ class SharedSpaceRetriever:
         return F.normalize(self.standard[modality](latents) @ self.projections[modality], dim=-1)
 
     def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
-        source, _ = _ends(direction)
+        source, _ = ends(direction)
         return self._embed(source, latents[source])
 
     def gallery(self, direction: str, latents: Tensor) -> Tensor:
-        return self._embed(_ends(direction)[1], latents)
+        return self._embed(ends(direction)[1], latents)
 
 
 @dataclass
@@ -98,7 +99,7 @@ class RandomRetriever:
         return F.normalize(latents @ torch.randn(latents.shape[1], self.size, generator=generator), dim=-1)
 
     def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
-        return self._embed("query " + direction, latents[_ends(direction)[0]])
+        return self._embed("query " + direction, latents[ends(direction)[0]])
 
     def gallery(self, direction: str, latents: Tensor) -> Tensor:
         return self._embed("gallery " + direction, latents)
@@ -149,7 +150,7 @@ class Chance(Baseline):
     name = "chance"
 
     def candidates(self, train, validation, groups, seed):
-        yield {}, RandomRetriever(seed, _both(validation.pair))
+        yield {}, RandomRetriever(seed, both_ways(validation.pair))
 
 
 class ClosedForm(Baseline):
@@ -173,13 +174,13 @@ class ClosedForm(Baseline):
         standard = {modality: CentredUnit.fit(train[modality]) for modality in validation.pair}
         units = {modality: standard[modality](train[modality]) for modality in validation.pair}
         options = {"kind": self.kind, "max_landmarks": self.max_landmarks, "seed": seed}
-        directions = _both(validation.pair)
-        ends = [(units[source], units[target]) for source, target in map(_ends, directions)]
+        directions = both_ways(validation.pair)
+        problems = [(units[source], units[target]) for source, target in map(ends, directions)]
         if self.selection == "validation":
-            paths = [closed_form_path(*pair, gammas=self.gammas, lambdas=self.lambdas, **options) for pair in ends]
+            paths = [closed_form_path(*pair, gammas=self.gammas, lambdas=self.lambdas, **options) for pair in problems]
             fits = zip(*paths, strict=True)
         else:
-            fits = [[fit_closed_form(*pair, groups, **options) for pair in ends]]
+            fits = [[fit_closed_form(*pair, groups, **options) for pair in problems]]
         for pair in fits:
             maps = dict(zip(directions, pair, strict=True))
             chosen = {direction: {"gamma": fit.gamma, "lam": fit.lam} for direction, fit in maps.items()}
@@ -227,64 +228,51 @@ class CCA(Baseline):
             for size, power in itertools.product(self.sizes, self.powers):
                 weighted = {m: (side[:, :size] * s[:size] ** power).float() for m, side in sides.items()}
                 config = {"regulariser": r, "size": size, "power": power}
-                yield config, SharedSpaceRetriever(weighted, standard, _both(validation.pair))
+                yield config, SharedSpaceRetriever(weighted, standard, both_ways(validation.pair))
 
 
-class LinearInfoNCE(Baseline):
-    """The CLIP / LiT head: two linear projections, symmetric InfoNCE, learned temperature (Radford et al. 2021).
+class ASIF(Baseline):
+    """Relative representations, no training at all (ASIF, Norelli et al. 2023).
 
-    The head of transformers' `VisionTextDualEncoderModel` over frozen encoders: no biases, logit scale from ln(1/0.07),
-    capped at 100. Full batch up to `max_batch` rows. Other rows of the same group are neither positives nor negatives.
+    An item is described by its cosines to the training items of its own modality; the `k` highest stay, are raised to
+    the power `p` and normalised. Training pairs are the shared coordinates, so `(n, training rows)` vectors are compared.
     """
 
-    name = "linear_infonce"
-    rates, decays, sizes = (3e-4, 1e-3, 3e-3), (0.01, 0.1), (128, 256, 384, 512)
-    max_steps, check_every, patience, max_batch = 150, 10, 3, 1024
+    name = "asif"
+    kept, powers, max_anchors = (10, 50, 200, 800), (1.0, 2.0, 4.0, 8.0), 16384
 
     def candidates(self, train, validation, groups, seed):
         standard = {modality: CentredUnit.fit(train[modality]) for modality in validation.pair}
-        rows = {modality: standard[modality](train[modality]) for modality in validation.pair}
-        for rate, decay, size in itertools.product(self.rates, self.decays, self.sizes):
-            config = {"learning_rate": rate, "weight_decay": decay, "size": size}
-            yield config, self._train(rows, standard, validation, groups, seed, **config)
-
-    def _train(self, rows, standard, validation, groups, seed, learning_rate, weight_decay, size):
-        generator = torch.Generator().manual_seed(seed)
-        first, second = validation.pair
-        projections = {
-            m: nn.Parameter(torch.randn(rows[m].shape[1], size, generator=generator) * rows[m].shape[1] ** -0.5)
-            for m in validation.pair
-        }
-        logit_scale = nn.Parameter(torch.tensor(2.6592))
-        optimiser = torch.optim.AdamW(
-            [{"params": list(projections.values())}, {"params": [logit_scale], "weight_decay": 0.0}],
-            lr=learning_rate,
-            weight_decay=weight_decay,
-        )
-        n, best, best_value, waited = len(groups), None, -1.0, 0
-        for step in range(1, self.max_steps + 1):
-            batch = torch.randperm(n, generator=generator)[: self.max_batch] if n > self.max_batch else torch.arange(n)
-            a, b = (F.normalize(rows[m][batch] @ projections[m], dim=-1) for m in (first, second))
-            same = (groups[batch][:, None] == groups[batch][None, :]).fill_diagonal_(False)
-            logits = (logit_scale.clamp(max=4.6052).exp() * a @ b.T).masked_fill(same, -torch.inf)
-            target = torch.arange(len(batch))
-            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            if step % self.check_every == 0:
-                now = {m: weight.detach() for m, weight in projections.items()}
-                retriever = SharedSpaceRetriever(now, standard, _both(validation.pair))
-                value = evaluate_retrieval(retriever, validation)["mean_recall"]
-                if value > best_value:
-                    best, best_value, waited = deepcopy(now), value, 0
-                else:
-                    waited += 1
-                    if waited == self.patience:
-                        break
-        return SharedSpaceRetriever(best, standard, _both(validation.pair))
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[: self.max_anchors]
+        anchors = {modality: standard[modality](train[modality])[order] for modality in validation.pair}
+        for k, power in itertools.product([k for k in self.kept if k <= len(order)] or [len(order)], self.powers):
+            yield {"k": k, "power": power}, RelativeRetriever(anchors, standard, both_ways(validation.pair), k, power)
 
 
-BASELINES: dict[str, type[Baseline]] = {
-    baseline.name: baseline for baseline in (Chance, Ridge, KernelRidge, CCA, LinearInfoNCE)
+@dataclass
+class RelativeRetriever:
+    """Sparse relative representations over paired anchors `{modality: (a, d_modality)}`."""
+
+    anchors: dict[str, Tensor]
+    standard: dict[str, CentredUnit]
+    directions: list[str]
+    k: int
+    power: float
+
+    def _embed(self, modality: str, latents: Tensor) -> Tensor:
+        cosines = self.standard[modality](latents) @ self.anchors[modality].T
+        top = cosines.topk(self.k, dim=1)
+        result = torch.zeros_like(cosines)
+        return F.normalize(result.scatter_(1, top.indices, top.values.clamp_min(0) ** self.power), dim=1)
+
+    def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
+        source, _ = ends(direction)
+        return self._embed(source, latents[source])
+
+    def gallery(self, direction: str, latents: Tensor) -> Tensor:
+        return self._embed(ends(direction)[1], latents)
+
+
+CLOSED_FORMS: dict[str, type[Baseline]] = {
+    baseline.name: baseline for baseline in (Chance, Ridge, KernelRidge, CCA, ASIF)
 }

@@ -13,11 +13,13 @@ import yaml
 
 from modeling_altmoe import AltMoEModel
 from modeling_altmoe.configuration_altmoe import unknown_name_message
-from trainer.baselines import BASELINES
+from trainer.baselines import CLOSED_FORMS
 from trainer.evaluation import evaluate_variants, format_table
+from trainer.heads import HEADS
 from trainer.measuring import modality_pairs, partnered_latents, retrieval_data, served_direction
 from trainer.train import RECIPE, open_parts, open_stores
 
+BASELINES = {**CLOSED_FORMS, **HEADS}
 DEFAULT_BASELINES = ("chance", "ridge", "kernel_ridge", "cca", "linear_infonce")
 
 
@@ -29,7 +31,7 @@ class EvaluateArguments:
     stores: str | None = field(default=None, metadata={"help": "LatentStores as JSON (default: those of the recipe)"})
     baselines: list[str] = field(
         default_factory=lambda: list(DEFAULT_BASELINES),
-        metadata={"help": f"methods beside it: {', '.join(DEFAULT_BASELINES)}, or none"},
+        metadata={"help": f"methods beside it: {', '.join(BASELINES)}, or none"},
     )
     part: str = field(default="test", metadata={"help": "which part of the split: test or validation"})
     json: str | None = field(

@@ -160,7 +160,7 @@ def test_authors_predictor_equals_the_sum_over_chosen_experts():
     torch.manual_seed(0)
     module = AuthorsPredictor({"image": 6, "text": 5}, ["image->text", "text->image"], 8, 0.0, experts=5, top_k=2)
     x = torch.randn(3, 6)
-    hidden = module.read["image"](x) + module.task["image->text"]
+    hidden = module.read["image"](F.layer_norm(x, (6,))) + module.task["image->text"]
     weights = module.gate(hidden).softmax(-1)
     for row, found in enumerate(module.query("image->text", x)):
         expected = hidden[row].clone()

@@ -1,6 +1,7 @@
 """Competitors that are trained by gradient: heads over frozen latents, and the authors' predictor.
 
-In: what every `Baseline` gets. Out: fitted retrievers. All of them share one search (successive halving: every
+In: what every `Baseline` gets. Out: fitted retrievers. Nonlinear heads see latents with unit variance a component, as
+our connector does. All of them share one search (successive halving: every
 configuration is trained for a short while, the best few to the end) and one early stopping, by validation mean recall,
 so none is tuned harder than another. Nothing here sees test data.
 """
@@ -47,6 +48,7 @@ class _GLU(nn.Module):
         self.down, self.dropout = nn.Linear(width, out), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:])
         return self.down(self.dropout(F.relu(self.gate(x)) * self.up(x)))
 
 
@@ -84,14 +86,14 @@ class AuthorsPredictor(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def query(self, direction: str, x: Tensor) -> Tensor:
-        hidden = self.read[ends(direction)[0]](x) + self.task[direction]
+        hidden = self.read[ends(direction)[0]](F.layer_norm(x, x.shape[-1:])) + self.task[direction]
         every = torch.einsum("beh,eho->beo", F.gelu(torch.einsum("bh,eho->beo", hidden, self.up)), self.down)
         weights, chosen = self.gate(hidden).softmax(-1).topk(self.top_k, dim=-1)
         picked = every.gather(1, chosen[..., None].expand(-1, -1, every.shape[-1]))
         return hidden + self.dropout((weights[..., None] * picked).sum(1))
 
     def item(self, direction: str, y: Tensor) -> Tensor:
-        return self.project[ends(direction)[1]](y)
+        return self.project[ends(direction)[1]](F.layer_norm(y, y.shape[-1:]))
 
 
 def symmetric_infonce(logits: Tensor, same: Tensor) -> Tensor:
@@ -205,7 +207,7 @@ class MLPInfoNCE(LinearInfoNCE):
     """Heads with one hidden layer (GELU, dropout), otherwise the linear head's loss."""
 
     name = "mlp_infonce"
-    grid = {"learning_rate": (3e-4, 1e-3), "weight_decay": (0.1,), "size": (512, 1024), "dropout": (0.1, 0.3, 0.5)}
+    grid = {"learning_rate": (3e-4, 1e-3), "weight_decay": (0.1,), "size": (512, 1024), "dropout": (0.3, 0.5, 0.7)}
 
     def build(self, sizes, directions, config):
         def head(size):
@@ -223,7 +225,7 @@ class SAIL(TrainedHead):
     """Gated-linear-unit heads with the sigmoid loss (SAIL, Zhang et al. 2024; SigLIP, Zhai et al. 2023): t = 20, b = -10."""
 
     name = "sail"
-    grid = {"learning_rate": (3e-4, 1e-3), "weight_decay": (0.1,), "size": (512, 1024), "dropout": (0.1, 0.3, 0.5)}
+    grid = {"learning_rate": (3e-4, 1e-3), "weight_decay": (0.1,), "size": (512, 1024), "dropout": (0.3, 0.5, 0.7)}
 
     def build(self, sizes, directions, config):
         heads = {m: _GLU(size, config["size"], 512, config["dropout"]) for m, size in sizes.items()}

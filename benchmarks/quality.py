@@ -6,7 +6,6 @@ writes JSON to `benchmarks/results/`; splits that are already there are not run 
 """
 
 import argparse
-import datetime
 import json
 import os
 import time
@@ -15,14 +14,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: measured faster than two threads
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from filelock import FileLock
+import numpy as np
 
+from benchmarks.common import RESULTS, keep, read_results, standard_error
 from trainer.arguments import parse_arguments
 from trainer.evaluate import BASELINES, EvaluateArguments, evaluate
 from trainer.evaluation import VARIANTS, format_table
+from trainer.plotting import pyplot
 from trainer.train import train
-
-RESULTS = Path("benchmarks/results")
 
 
 def run_split(data: str, recipe: str, seed: int, concepts: int, baselines: list[str]) -> dict:
@@ -41,30 +40,13 @@ def run_split(data: str, recipe: str, seed: int, concepts: int, baselines: list[
     return measured
 
 
-def keep(path: Path, data: str, size: str, seed: int, measured: dict) -> dict:
-    """Add what was measured to the JSON; several processes may share one file. Returns all sizes."""
-    with FileLock(f"build/{path.name}.lock"):
-        sizes = json.loads(path.read_text())["sizes"] if path.exists() else {}
-        sizes.setdefault(size, {}).setdefault(str(seed), {}).update(measured)
-        whole = {"data": data, "date": datetime.date.today().isoformat(), "sizes": sizes}
-        path.with_suffix(".part").write_text(json.dumps(whole, indent=1) + "\n")
-        path.with_suffix(".part").replace(path)
-    return sizes
-
-
 def draw(rows: dict, data: str) -> None:
     """A bar a method: mean recall with its standard error."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
     column = list(VARIANTS)[-1].replace("_", " ")
     values = {name: 100 * np.array(cells[column]) for name, cells in rows.items()}
     order = sorted(values, key=lambda name: values[name].mean())
-    errors = [values[name].std(ddof=1) / len(values[name]) ** 0.5 if len(values[name]) > 1 else 0 for name in order]
-    figure, axis = plt.subplots(figsize=(7, 0.45 * len(order) + 1.2), layout="constrained")
+    errors = [standard_error(values[name]) for name in order]
+    figure, axis = pyplot().subplots(figsize=(7, 0.45 * len(order) + 1.2), layout="constrained")
     colors = ["#1a6fb0" if name == "altmoe" else "#b8bec4" for name in order]
     axis.barh(order, [values[name].mean() for name in order], xerr=errors, color=colors, capsize=3)
     axis.set_xlabel(f"mean recall on held-out concepts of {data}, % (± standard error, {len(values[order[0]])} splits)")
@@ -74,21 +56,14 @@ def draw(rows: dict, data: str) -> None:
 
 def draw_curve(sizes: dict, methods: list[str], data: str) -> None:
     """Mean recall against the number of training pairs, a line a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for method in methods:
         points = []
         for splits in sizes.values():
             of = [split[method] for split in splits.values() if method in split]
             values = 100 * np.array([m[list(VARIANTS)[-1]]["mean_recall"] for m in of])
             if len(of):
-                error = values.std(ddof=1) / len(of) ** 0.5 if len(of) > 1 else 0.0
-                points.append((np.mean([m["training_rows"] for m in of]), values.mean(), error))
+                points.append((np.mean([m["training_rows"] for m in of]), values.mean(), standard_error(values)))
         rows, means, errors = zip(*sorted(points), strict=True)
         style = {"color": "#1a6fb0", "linewidth": 2.5} if method == "altmoe" else {"linewidth": 1.2}
         axis.errorbar(rows, means, yerr=errors, label=method, capsize=3, marker="o", **style)
@@ -112,9 +87,8 @@ def main() -> None:
     for modality in ("image", "text"):
         if not Path(f"build/stores/{arguments.data}/{modality}").is_dir():
             parser.error(f"no store at build/stores/{arguments.data}/{modality}: run 'altmoe encode' (see README)")
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"quality-{arguments.data}.json"
-    sizes = json.loads(path.read_text())["sizes"] if path.exists() else {}
+    sizes, about = read_results(path, "sizes"), {"data": arguments.data}
     for seed in arguments.seeds:
         for concepts in arguments.concepts:
             size = str(concepts or "all")
@@ -122,10 +96,10 @@ def main() -> None:
             missing = [name for name in arguments.baselines if name not in done]
             if "altmoe" not in done or missing:
                 measured = run_split(arguments.data, "model_cards/recipes/stamps.yaml", seed, concepts, missing)
-                sizes = keep(path, arguments.data, size, seed, measured)
+                sizes = keep(path, about, "sizes", [size, str(seed)], measured)
             if "paper" not in done and not arguments.no_paper:
                 measured = run_split(arguments.data, "model_cards/recipes/paper.yaml", seed, concepts, [])
-                sizes = keep(path, arguments.data, size, seed, {"paper": measured["altmoe"]})
+                sizes = keep(path, about, "sizes", [size, str(seed)], {"paper": measured["altmoe"]})
     methods = ["altmoe", *([] if arguments.no_paper else ["paper"]), *arguments.baselines]
     for concepts in arguments.concepts:
         rows: dict = {}

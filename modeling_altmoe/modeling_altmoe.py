@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .attaching_altmoe import adapters_off, attach_lora, describe_encoder, freeze, load_encoder, verify_encoder
+from .confidence_altmoe import Calibration
 from .configuration_altmoe import AltMoEConfig, unknown_name_message
 from .connector_altmoe import AltMoEConnector, DirectionOutput, ScoreBank
 from .encoding_altmoe import LatentProtocol, encode_latents
@@ -278,6 +279,12 @@ class AltMoEModel(AltMoEPreTrainedModel):
             query_bank={name: self.score_banks[name].queries for name in names},
             gallery_bank={name: self.score_banks[name].gallery for name in names},
         )
+
+    def calibration(self, direction: str) -> Calibration | None:
+        """The confidence model of a direction, if one was fitted."""
+        self.config.resolve(direction)
+        kept = self.config.scoring.get(direction, {}).get("confidence")
+        return None if kept is None else Calibration(**kept)
 
     @torch.no_grad()
     def score(

@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 import torch
 
+from .confidence_altmoe import SHORT_LIST
 from .latents_altmoe import LatentStore
 from .modeling_altmoe import AltMoEModel
 from .scoring_altmoe import item_vectors, query_vectors
@@ -24,6 +25,23 @@ class Hit:
     id: str
     score: float
     columns: dict
+
+
+class Hits(list):
+    """The hits of one query, best first.
+
+    Attributes:
+        confidence: calibrated probability that the first hit is a true match; None if the model has no calibration.
+        threshold: the model's own; None likewise.
+    """
+
+    confidence: float | None = None
+    threshold: float | None = None
+
+    @property
+    def found(self) -> bool:
+        """Whether the first hit is confident enough to be called a match (True without a calibration)."""
+        return self.confidence is None or self.confidence >= self.threshold
 
 
 class LatentIndex:
@@ -47,7 +65,7 @@ class LatentIndex:
         if not len(store):
             raise ValueError(f"'{store.path}' is empty: nothing can be found in it.")
         self.model, self.store, self.direction = model, store, direction
-        self.post = model.postprocessing(direction)
+        self.post, self.calibration = model.postprocessing(direction), model.calibration(direction)
         self.rows = np.arange(len(store)) if rows is None else np.asarray(rows, dtype=np.int64)
         self._names = store.ids
         self._columns = {name: store.column(name) for name in store.columns}
@@ -59,7 +77,7 @@ class LatentIndex:
                 self.index = faiss.IndexFlatIP(vectors.shape[1])
             self.index.add(vectors)
 
-    def search(self, latents: dict[str, torch.Tensor] | torch.Tensor, k: int = 10) -> list[list[Hit]]:
+    def search(self, latents: dict[str, torch.Tensor] | torch.Tensor, k: int = 10) -> list[Hits]:
         """The `k` best items for each query.
 
         Args:
@@ -67,7 +85,7 @@ class LatentIndex:
             k: results a query.
 
         Returns:
-            For each query its hits, best first.
+            For each query its hits, best first, with the confidence that the first one is a match.
 
         Raises:
             ValueError: wrong width or NaN in the latents, or k below 1.
@@ -78,11 +96,18 @@ class LatentIndex:
             latents = {self.model.config.resolve(self.direction)[0][0]: latents}
         latents = {modality: tensor.to(self.model.device) for modality, tensor in latents.items()}
         queries = query_vectors(self.model, self.post, self.direction, latents).cpu().numpy().astype(np.float32)
-        scores, places = self.index.search(np.ascontiguousarray(queries), min(k, len(self.rows)))
-        return [
-            [self._hit(self.rows[place], score) for place, score in zip(row, values, strict=True)]
-            for row, values in zip(places, scores, strict=True)
-        ]
+        asked = min(max(k, SHORT_LIST if self.calibration else 1), len(self.rows))
+        scores, places = self.index.search(np.ascontiguousarray(queries), asked)
+        results = []
+        for row, values in zip(places, scores, strict=True):
+            results.append(
+                Hits(self._hit(self.rows[place], score) for place, score in zip(row[:k], values, strict=False))
+            )
+        if self.calibration and len(results):
+            confidence = self.calibration.confidence(torch.from_numpy(scores), len(self.rows))
+            for hits, value in zip(results, confidence.tolist(), strict=True):
+                hits.confidence, hits.threshold = value, self.calibration.threshold
+        return results
 
     def _hit(self, row: int, score: float) -> Hit:
         columns = {name: values[row] for name, values in self._columns.items()}

@@ -152,6 +152,7 @@ def test_the_card_is_valid_and_holds_the_numbers(place):
 def test_search_both_ways(place, capsys, tmp_path):
     altmoe(["search", str(place / "image"), "--model", str(place / "hub"), "--text", "a red cat", "--json", "-k", "3"])
     found = json.loads(capsys.readouterr().out)
+    assert 0 <= found[0]["confidence"] <= 1
     assert found[0]["direction"] == "text->image" and len(found[0]["hits"]) == 3
     scores = [hit["score"] for hit in found[0]["hits"]]
     assert scores == sorted(scores, reverse=True)
@@ -297,6 +298,15 @@ def test_a_bad_query_picture_is_named(place, capsys, tmp_path):
     (tmp_path / "zero.png").write_bytes(b"")
     message = fails(capsys, "search", place / "text", "--model", place / "hub", "--image", tmp_path / "zero.png")
     assert "has zero bytes" in message
+
+
+def test_search_says_so_when_it_found_nothing(place, capsys):
+    arguments = ["search", str(place / "image"), "--model", str(place / "hub"), "--text", "a red cat"]
+    altmoe([*arguments, "--min_confidence", "1"])
+    assert "nothing found" in capsys.readouterr().out
+    altmoe([*arguments, "--min_confidence", "0", "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["found"] is True
+    assert "--min_confidence" in fails(capsys, *arguments, "--min_confidence", "2")
 
 
 @pytest.mark.parametrize("command", ["encode", "train", "evaluate", "search", "publish"])

@@ -90,6 +90,8 @@ class AltMoEArguments(TrainingArguments):
     early_stopping_patience: int = _help("evaluations without a better mean recall before stopping; 0: never", 10)
     fit_trust: bool = _help("choose on validation how far the experts' correction is trusted", True)
 
+    target_precision: float = _help("share of right answers a search's confidence threshold is chosen for", 0.5)
+
     overwrite: bool = _help("start anew where output_dir holds checkpoints", False)
 
     # other defaults than transformers'
@@ -133,6 +135,8 @@ class AltMoEArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to below 1.")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # a step in one direction leaves the other heads unused
+        if not 0 < self.target_precision < 1:
+            raise ValueError(f"target_precision={self.target_precision}: expected a share between 0 and 1.")
         if self.train_concepts < 0:
             raise ValueError(f"train_concepts={self.train_concepts}: expected 0 (all) or a positive number.")
         if self.max_landmarks < 1:

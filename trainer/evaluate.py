@@ -14,9 +14,11 @@ import yaml
 from modeling_altmoe import AltMoEModel
 from modeling_altmoe.configuration_altmoe import unknown_name_message
 from trainer.baselines import CLOSED_FORMS
+from trainer.confidence import measure_confidence
 from trainer.evaluation import evaluate_variants, format_table
 from trainer.heads import HEADS
-from trainer.measuring import modality_pairs, partnered_latents, retrieval_data, served_direction
+from trainer.measuring import modality_pairs, partnered_latents, retrieval_data, scores_of, served_direction
+from trainer.plotting import draw_confidence
 from trainer.train import RECIPE, open_parts, open_stores
 
 BASELINES = {**CLOSED_FORMS, **HEADS}
@@ -55,7 +57,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     """Measure the model and the baselines.
 
     Returns:
-        `{"protocol": ..., "results": {pair: {method: {variant: metrics}}}}`.
+        `{"protocol": ..., "results": {pair: {method: {variant: metrics}}}, "confidence": {direction: figures}}`.
 
     Raises:
         ValueError: unknown baseline or part, or stores of another protocol.
@@ -72,11 +74,14 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     for modality in model.config.modalities:
         stores[modality].check(modality, model.config.encoders[modality])
     parts = open_parts(model, stores, recipe)
-    results = {}
+    results, confidence = {}, {}
     for pair in modality_pairs(model.directions)[0]:
         train, validation = partnered_latents(parts["train"], pair), retrieval_data(parts["validation"], pair)
         asked = retrieval_data(parts[arguments.part], pair)
         measured = {"altmoe": evaluate_variants(model, train, validation, asked)}
+        for direction in asked.directions():
+            if direction in model.directions and (calibration := model.calibration(direction)):
+                confidence[direction] = measure_confidence(calibration, *scores_of(model, asked, direction))
         for name in names:
             print(f"tuning {name} on validation ...", flush=True)
             # the items the model was trained on, paired row by row
@@ -95,7 +100,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         "hubness": "training queries only; strength chosen on validation",
         "ties": "pessimistic",
     }
-    return {"protocol": protocol, "results": results}
+    return {"protocol": protocol, "results": results, "confidence": confidence}
 
 
 def table(result: dict) -> str:
@@ -114,6 +119,13 @@ def table(result: dict) -> str:
             cells["one direction only"] = [variants["one_direction"]["mean_recall"]]
             rows[method] = cells
         lines += [f"{pair}, {result['protocol']['part']} split:", "", format_table(rows), ""]
+    if result["confidence"]:
+        names = ("threshold", "coverage", "precision", "false_alarms", "auroc", "calibration_error")
+        rows = {
+            d: {name.replace("_", " "): [values[name]] for name in names} for d, values in result["confidence"].items()
+        }
+        lines += ["confidence that the first result is a match; every second query has none (percent):", ""]
+        lines += [format_table(rows), ""]
     return "\n".join(lines)
 
 
@@ -124,3 +136,7 @@ def main(arguments: EvaluateArguments) -> None:
     path = Path(arguments.json or Path(arguments.model) / "evaluation.json")
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {path}")
+    if result["confidence"]:
+        picture = path.with_name(path.stem + "-confidence.png")
+        draw_confidence(result["confidence"], picture)
+        print(f"drawn in {picture}")

@@ -9,6 +9,7 @@ import torch
 
 from modeling_altmoe.configuration_altmoe import parse_direction
 from modeling_altmoe.scoring_altmoe import reverse_direction, score_matrix
+from trainer.confidence import fit_calibration
 from trainer.evaluation import KS, RetrievalData, evaluate_retrieval, fit_postprocessing
 from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import ranks, retrieval_metrics
 from trainer.pairs import LatentPairs
@@ -131,12 +132,15 @@ def fit_trust(model, validation: LatentPairs) -> float:
     return trust
 
 
-def fit_scoring(model, train: LatentPairs, validation: LatentPairs, max_bank: int = 1024) -> None:
-    """Measure scales, hubness banks and hubness strength for every pair of modalities, and keep them in the model.
+def fit_scoring(
+    model, train: LatentPairs, validation: LatentPairs, max_bank: int = 1024, target_precision: float = 0.5
+) -> None:
+    """Measure scales, hubness and confidence for every pair of modalities, and keep them in the model.
 
     Args:
         train: training items fill the banks (at most `max_bank` a direction travel with the checkpoint).
-        validation: sets the scales and the strength of the correction.
+        validation: sets the scales, the strength of the correction and the calibration of confidence.
+        target_precision: share of right answers that the confidence threshold is chosen for.
     """
     for pair in modality_pairs(model.directions)[0]:
         data = retrieval_data(validation, pair, model.device)
@@ -145,3 +149,14 @@ def fit_scoring(model, train: LatentPairs, validation: LatentPairs, max_bank: in
         for direction in data.directions():
             if direction in model.directions:
                 model.set_scoring(direction, post)
+        for direction in data.directions():
+            if direction in model.directions:
+                calibration = fit_calibration(*scores_of(model, data, direction), target_precision)
+                model.config.scoring[direction]["confidence"] = calibration.as_dict()
+
+
+def scores_of(model, data: RetrievalData, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores as search gives them and true matches, both `(queries, items)`."""
+    source, _, target = direction.partition("->")
+    scores = model.score(direction, {source: data.latents[source]}, data.latents[target])
+    return scores.cpu(), data.relevant_for(direction).cpu()

@@ -22,6 +22,7 @@ from trainer.encode import open_data
 from trainer.evaluate import read_run, table
 from trainer.measuring import modality_pairs
 from trainer.pairs import LatentPairs
+from trainer.plotting import pyplot
 from trainer.train import RECIPE, open_parts, open_stores
 
 VERSION = "0.1.0"
@@ -167,11 +168,7 @@ def draw_examples(
     Returns:
         ids of the pictures that served as queries.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     row_of = {str(name): row for row, name in enumerate(data["id"])}
     keys = {m: test.keys[m] for m in ("image", "text")}
 

@@ -142,7 +142,7 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
     if "validation" in parts:
         if arguments.fit_trust and model.config.base != "none":
             metrics["trust"] = fit_trust(model, parts["validation"])
-        fit_scoring(model, parts["train"], parts["validation"])
+        fit_scoring(model, parts["train"], parts["validation"], target_precision=arguments.target_precision)
         final = evaluate_pairs(model, parts["validation"], scored=True)
         metrics.update({f"eval_{name}": value for name, value in final.items()})
     trainer.save_model(arguments.output_dir)

@@ -1,0 +1,86 @@
+"""Confidence: calibrated where the truth is known, and a property of one query alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_altmoe.confidence_altmoe import SHORT_LIST, Calibration, score_features
+from trainer.confidence import answers, fit_calibration, measure_confidence
+
+
+def world(queries=400, items=300, signal=2.5, seed=0):
+    """Normal scores; each query's match (item number = query modulo items) is higher by `signal` on average."""
+    generator = torch.Generator().manual_seed(seed)
+    relevant = torch.zeros(queries, items, dtype=torch.bool)
+    relevant[torch.arange(queries), torch.arange(queries) % items] = True
+    noise = torch.randn(queries, items, generator=generator)
+    strength = signal * 2 * torch.rand(queries, 1, generator=generator)  # some queries are easy, some are hopeless
+    return noise + relevant * strength, relevant
+
+
+def test_confidence_is_calibrated_and_sees_absence_on_fresh_data():
+    calibration = fit_calibration(*world(seed=0))
+    figures = measure_confidence(calibration, *world(seed=1))
+    assert figures["calibration_error"] < 0.05
+    assert figures["auroc"] > 0.6
+    assert figures["false_alarms"] < figures["coverage"]
+    assert figures["precision"] == pytest.approx(0.5, abs=0.1)  # what the threshold was chosen for
+    coverage = [point["coverage"] for point in figures["curve"]]
+    assert coverage == sorted(coverage) and coverage[-1] == 1
+
+
+def test_calibration_holds_in_a_larger_collection():
+    calibration = fit_calibration(*world(queries=300, items=150))
+    figures = measure_confidence(calibration, *world(queries=400, items=1200, seed=3))
+    assert figures["calibration_error"] < 0.08
+
+
+def test_a_higher_precision_asks_for_more_confidence():
+    thresholds = [fit_calibration(*world(), target_precision=target).threshold for target in (0.3, 0.5, 0.8)]
+    assert thresholds == sorted(thresholds) and thresholds[0] < thresholds[2]
+
+
+def test_one_query_knows_nothing_of_others_and_order_of_items_does_not_matter():
+    scores, relevant = world(queries=20)
+    calibration = fit_calibration(scores, relevant)
+    top = scores.topk(SHORT_LIST, dim=1).values
+    together = calibration.confidence(top, 300)
+    alone = torch.cat([calibration.confidence(row[None], 300) for row in top])
+    torch.testing.assert_close(together, alone)
+    shuffled = scores[:, torch.randperm(300, generator=torch.Generator().manual_seed(0))].topk(SHORT_LIST, dim=1).values
+    torch.testing.assert_close(together, calibration.confidence(shuffled, 300))
+
+
+def test_features_of_short_lists_are_finite():
+    one, two = score_features(torch.tensor([[3.0]]), 1), score_features(torch.tensor([[3.0, 1.0]]), 2)
+    assert one.tolist() == [[3.0, 0.0, 0.0, 0.0]]
+    assert two[0, :3].tolist() == [3.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match="top_scores"):
+        score_features(torch.zeros(2, 0), 5)
+
+
+def test_every_query_is_asked_with_and_without_its_match():
+    scores, relevant = world(queries=50, items=60)
+    asked = answers(scores, relevant, shares=(1.0, 0.5))
+    assert asked.present.float().mean() == 0.5 and not asked.right[~asked.present].any()
+    assert sorted(asked.sizes.unique().tolist()) == [30, 60]
+    present = asked.present & (asked.sizes == 60)
+    best = scores.argmax(1)
+    assert torch.equal(asked.right[present], relevant.gather(1, best[:, None])[:, 0])
+
+
+def test_all_matches_of_a_query_are_removed():
+    scores, relevant = torch.tensor([[9.0, 8.0, 1.0, 0.5, 0.0]] * 4), torch.zeros(4, 5, dtype=torch.bool)
+    relevant[:, :2] = True
+    asked = answers(scores, relevant)
+    assert asked.top_scores[~asked.present][:, 0].tolist() == [1.0] * 4
+    assert np.isfinite(asked.top_scores.numpy()).all()
+
+
+def test_settings_survive_json_and_bad_ones_are_named():
+    calibration = fit_calibration(*world())
+    assert Calibration(**calibration.as_dict()) == calibration
+    with pytest.raises(ValueError, match="target_precision"):
+        fit_calibration(*world(), target_precision=1.0)
+    with pytest.raises(ValueError, match="at least 4 items"):
+        answers(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))

@@ -1,0 +1,179 @@
+"""Calibrating confidence on validation, and measuring it: coverage against precision.
+
+In: a table of scores with its true matches. Out: a [`Calibration`], and figures that say how far it can be trusted. Every
+query appears twice, once with its matches in the collection and once with them removed: then nothing can be found.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling_altmoe.confidence_altmoe import SHORT_LIST, Calibration, score_features
+
+SHARES = (1.0, 0.5, 0.25)  # parts of the validation collection, so that the fit sees what its size does
+
+
+@dataclass
+class Answers:
+    """Score lists of queries with and without a match in the collection.
+
+    Attributes:
+        top_scores: `(n, at most SHORT_LIST)` in falling order.
+        right: `(n,)` whether the first result is a true match.
+        present: `(n,)` whether the collection held one.
+        sizes: `(n,)` items searched.
+    """
+
+    top_scores: Tensor
+    right: Tensor
+    present: Tensor
+    sizes: Tensor
+
+    def features(self) -> Tensor:
+        """`(n, 4)`, see `score_features`."""
+        parts = torch.empty(len(self.sizes), 4, dtype=torch.float64)
+        for size in self.sizes.unique():
+            rows = self.sizes == size
+            parts[rows] = score_features(self.top_scores[rows].double(), int(size))
+        return parts
+
+
+def answers(scores: Tensor, relevant: Tensor, shares=(1.0,), seed: int = 0) -> Answers:
+    """Ask every query twice, in collections of several sizes.
+
+    Args:
+        scores: `(queries, items)`.
+        relevant: boolean, same shape.
+        shares: parts of the items to search in; smaller ones are seeded samples.
+        seed: for the samples.
+
+    Raises:
+        ValueError: shapes that differ, or too few items to remove a match from.
+    """
+    if scores.shape != relevant.shape or scores.shape[1] < 4:
+        raise ValueError(
+            f"scores and relevant must be (queries, at least 4 items), got {tuple(scores.shape)}, {tuple(relevant.shape)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    columns = {name: [] for name in ("top_scores", "right", "present", "sizes")}
+    for share in shares:
+        count = max(4, int(share * scores.shape[1]))
+        items = torch.randperm(scores.shape[1], generator=generator)[:count].sort().values
+        table, match = scores[:, items], relevant[:, items]
+        asked = match.any(1)
+        table, match = table[asked], match[asked]
+        for present in (True, False):
+            shown = table if present else table.masked_fill(match, -torch.inf)
+            best = shown.topk(min(SHORT_LIST, count), dim=1)
+            # removing every match must leave a list of finite scores
+            values = torch.where(best.values.isfinite(), best.values, best.values[:, :1].expand_as(best.values))
+            right = match.gather(1, best.indices[:, :1])[:, 0] & present
+            usable = values.isfinite().all(1)
+            columns["top_scores"].append(values[usable])
+            columns["right"].append(right[usable])
+            columns["present"].append(torch.full((int(usable.sum()),), present))
+            columns["sizes"].append(torch.full((int(usable.sum()),), count))
+    width = min(len(rows[0]) for rows in columns["top_scores"] if len(rows))
+    columns["top_scores"] = [rows[:, :width] for rows in columns["top_scores"]]
+    return Answers(**{name: torch.cat(parts) for name, parts in columns.items()})
+
+
+def fit_calibration(
+    scores: Tensor, relevant: Tensor, target_precision: float = 0.5, penalty: float = 1.0, seed: int = 0
+) -> Calibration:
+    """Logistic regression of "the first result is right" on validation, and a threshold for a precision.
+
+    Args:
+        scores: `(queries, items)` of validation, post-processed as in search.
+        relevant: boolean, same shape.
+        target_precision: the lowest confidence is chosen at and above which this share is right. Where no threshold
+            reaches it, the one with the highest precision that still answers a tenth of what the lowest would.
+        penalty: L2 on the standardised weights, in units of one example.
+        seed: for the samples of the collection.
+
+    Raises:
+        ValueError: a precision outside 0 to 1, or too few items.
+    """
+    if not 0 < target_precision < 1:
+        raise ValueError(f"target_precision={target_precision}: expected a share between 0 and 1.")
+    asked = answers(scores.cpu(), relevant.cpu(), SHARES, seed)
+    features, right = asked.features(), asked.right.double()
+    mean, size = features.mean(0), features.std(0).clamp_min(1e-6)
+    weight = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        logits = (features - mean) / size @ weight + bias
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, right, reduction="sum")
+        loss = loss + penalty * weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    plain = weight.detach() / size
+    result = Calibration(plain.tolist(), float(bias.detach() - plain @ mean), 0.5, target_precision)
+    result.threshold = _threshold(_confidence(result, asked), asked.right, target_precision)
+    return result
+
+
+def _confidence(calibration: Calibration, asked: Answers) -> Tensor:
+    found = torch.empty(len(asked.sizes), dtype=torch.float64)
+    for size in asked.sizes.unique():
+        rows = asked.sizes == size
+        found[rows] = calibration.confidence(asked.top_scores[rows], int(size))
+    return found
+
+
+def _threshold(confidence: Tensor, right: Tensor, target: float) -> float:
+    order = confidence.argsort(descending=True)
+    count = torch.arange(1, len(order) + 1)
+    precision = right[order].double().cumsum(0) / count
+    enough = count >= max(1, len(order) // 20)  # a tenth of the half that has a match
+    reached = (precision >= target) & enough
+    place = int(reached.nonzero().max()) if reached.any() else int(precision.masked_fill(~enough, -1).argmax())
+    return float(confidence[order][place])
+
+
+def measure_confidence(calibration: Calibration, scores: Tensor, relevant: Tensor) -> dict:
+    """Coverage, precision and calibration on data that the fit has not seen.
+
+    Returns:
+        `threshold`; `coverage` (share of queries with a match that are answered), `precision` (share of all answers that
+        are right, when every second query has no match), `false_alarms` (share of queries without a match that are
+        answered), `auroc` (a query with a match is more confident than one without), `calibration_error` (expected, ten
+        bins), and `curve`, a list of `{"coverage", "precision", "confidence"}`.
+    """
+    asked = answers(scores.cpu(), relevant.cpu())
+    confidence, right, present = _confidence(calibration, asked).numpy(), asked.right.numpy(), asked.present.numpy()
+    found = confidence >= calibration.threshold
+    wins = (confidence[present][:, None] > confidence[~present][None, :]).mean()
+    ties = (confidence[present][:, None] == confidence[~present][None, :]).mean()
+    bins = np.minimum((confidence * 10).astype(int), 9)
+    error = sum(
+        abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean()
+        for b in range(10)
+        if (bins == b).any()
+    )
+    curve = []
+    for level in np.quantile(confidence, np.linspace(0.99, 0.0, 34)):
+        chosen = confidence >= level
+        curve.append(
+            {
+                "confidence": float(level),
+                "coverage": float(chosen[present].mean()),
+                "precision": float(right[chosen].mean()),
+            }
+        )
+    return {
+        "threshold": calibration.threshold,
+        "coverage": float(found[present].mean()),
+        "precision": float(right[found].mean()) if found.any() else 0.0,
+        "false_alarms": float(found[~present].mean()),
+        "auroc": float(wins + ties / 2),
+        "calibration_error": float(error),
+        "curve": curve,
+    }

@@ -23,7 +23,6 @@ from trainer.evaluation import VARIANTS, format_table
 from trainer.plotting import pyplot
 from trainer.train import train
 
-
 QUICK = ("chance", "ridge", "kernel_ridge", "cca", "asif", "linear_infonce")
 
 
@@ -38,6 +37,10 @@ def run_split(data: str, recipe: str, seed: int, concepts: int, baselines: list[
     result = evaluate(EvaluateArguments(model=folder, baselines=baselines or ["none"]))
     measured = result["results"]["image<->text"]
     measured["altmoe"]["seconds"] = seconds
+    measured["altmoe"]["confidence"] = {
+        direction: {name: value for name, value in figures.items() if name != "curve"}
+        for direction, figures in result["confidence"].items()
+    }
     for cells in measured.values():
         cells["training_rows"] = min(result["protocol"]["training_rows"].values())
     return measured
@@ -74,6 +77,18 @@ def draw_curve(sizes: dict, methods: list[str], data: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     figure.savefig(RESULTS / f"curve-{data}.png", dpi=100)
+
+
+def confidence_table(splits: list[dict]) -> str:
+    """Coverage, precision and calibration by direction."""
+    names = ("coverage", "precision", "false_alarms", "auroc", "calibration_error")
+    rows = {
+        direction: {
+            name.replace("_", " "): [split["confidence"][direction][name] for split in splits] for name in names
+        }
+        for direction in splits[0]["confidence"]
+    }
+    return format_table(rows)
 
 
 def main() -> None:
@@ -120,6 +135,8 @@ def main() -> None:
         named = f"{concepts} training concepts" if concepts else "all training pairs"
         print(f"\n{arguments.data}, {named}, mean recall in % ± standard error over {len(arguments.seeds)} splits\n")
         print(format_table(rows))
+        print("\naltmoe's confidence that the first result is a match, every second query without one, %\n")
+        print(confidence_table([sizes[str(concepts or "all")][str(seed)]["altmoe"] for seed in arguments.seeds]))
         if not concepts:
             draw(rows, arguments.data)
     if len(arguments.concepts) > 1:

@@ -16,7 +16,7 @@ SHORT_LIST = 10  # scores of a query that the features are made of
 def score_features(top_scores: torch.Tensor, collection_size: int) -> torch.Tensor:
     """What tells a find from a mere maximum: `(n, 4)`.
 
-    The best score; its distance to the second; its distance to the mean of the others in the short list; the log of the
+    The best score; its distance to the next that differs (copies of the best item are no rivals); its distance to the mean of the others in the short list; the log of the
     collection's size, because the highest of many wrong scores grows with their number.
 
     Args:
@@ -31,8 +31,10 @@ def score_features(top_scores: torch.Tensor, collection_size: int) -> torch.Tens
     best, others = top_scores[:, 0], top_scores[:, 1:SHORT_LIST]
     if not others.shape[1]:
         others = best[:, None]
+    below = others.masked_fill(others >= best[:, None] - 1e-4, -torch.inf).amax(1)
+    below = torch.where(below.isfinite(), below, best)
     size = best.new_full((len(best),), math.log(collection_size))
-    return torch.stack([best, best - others[:, 0], best - others.mean(1), size], dim=1)
+    return torch.stack([best, best - below, best - others.mean(1), size], dim=1)
 
 
 @dataclass

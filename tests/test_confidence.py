@@ -55,6 +55,8 @@ def test_features_of_short_lists_are_finite():
     one, two = score_features(torch.tensor([[3.0]]), 1), score_features(torch.tensor([[3.0, 1.0]]), 2)
     assert one.tolist() == [[3.0, 0.0, 0.0, 0.0]]
     assert two[0, :3].tolist() == [3.0, 2.0, 2.0]
+    copies = score_features(torch.tensor([[3.0, 3.0, 1.0]]), 3)
+    assert copies[0, 1] == 2.0  # a copy of the best item is no rival
     with pytest.raises(ValueError, match="top_scores"):
         score_features(torch.zeros(2, 0), 5)
 

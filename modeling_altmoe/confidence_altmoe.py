@@ -16,8 +16,9 @@ SHORT_LIST = 10  # scores of a query that the features are made of
 def score_features(top_scores: torch.Tensor, collection_size: int) -> torch.Tensor:
     """What tells a find from a mere maximum: `(n, 4)`.
 
-    The best score; its distance to the next that differs (copies of the best item are no rivals); its distance to the mean of the others in the short list; the log of the
-    collection's size, because the highest of many wrong scores grows with their number.
+    The best score; its distance to the next that differs (copies of the best item are no rivals); its distance to the
+    mean of the others in the short list; the log of the collection's size, because the highest of many wrong scores grows
+    with their number.
 
     Args:
         top_scores: `(n, k)` in falling order; the first `SHORT_LIST` are used, a shorter list is what it is.

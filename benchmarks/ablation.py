@@ -161,9 +161,8 @@ def draw(rows: list[dict], data: str) -> None:
         )
     axis.axvline(0, color="#b8bec4", linewidth=1)
     axis.set_yticks(range(len(shown)), [f"{row['part']}  [{row['reference']}]" for row in shown])
-    axis.set_xlabel(
-        f"points of mean recall against the reference, {data} (± 2 standard errors, {len(rows[0]['recall'])} splits)"
-    )
+    splits = len(rows[0]["recall"])
+    axis.set_xlabel(f"points of mean recall against the reference\n{data}, {splits} splits, ± 2 standard errors")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / f"ablation-{data}.png", dpi=100)
 

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
-from filelock import FileLock, Timeout
+
+try:  # stores need them, loading a checkpoint does not
+    import pyarrow as pa
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
+    from filelock import FileLock, Timeout
+except ImportError:
+    pa = None
 
 from .encoding_altmoe import LatentProtocol
 
@@ -38,6 +42,8 @@ class LatentStore:
     """
 
     def __init__(self, path: str | os.PathLike, description: dict[str, Any]):
+        if pa is None:
+            raise ImportError("A LatentStore needs datasets and filelock: pip install datasets filelock.")
         self.path = Path(path)
         self.description = description
         self.modality: str = description["modality"]
@@ -150,7 +156,7 @@ class LatentStore:
 
     # ---------------------------------------------------------------- write
 
-    def _schema(self) -> pa.Schema:
+    def _schema(self) -> "pa.Schema":
         features = {"id": Value("string"), "latent": List(Value(self.dtype), length=self.latent_size)}
         features.update({name: Value(kind) for name, kind in self.columns.items()})
         schema = Features(features).arrow_schema
@@ -266,7 +272,7 @@ class LatentStore:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     @property
-    def dataset(self) -> Dataset:
+    def dataset(self) -> "Dataset":
         """All rows as a memory-mapped `datasets.Dataset` (columns `id`, `latent`, and the metadata)."""
         if not self.shards:
             return Dataset.from_dict({name: [] for name in ("id", "latent", *self.columns)})

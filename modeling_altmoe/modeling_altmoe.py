@@ -33,6 +33,7 @@ from .scoring_altmoe import Postprocessing, reverse_direction, score_matrix
 
 # tensors that accompany another tensor of the same modality
 COMPANIONS = {"attention_mask": "input_ids", "token_type_ids": "input_ids", "position_ids": "input_ids"}
+MAIN_INPUTS = {"image": ("pixel_values",), "text": ("input_ids",), "audio": ("input_values", "input_features")}
 
 
 @dataclass
@@ -43,9 +44,11 @@ class AltMoEOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor`, *optional*): mean over the directions that were computed.
         logits_per_image (`torch.FloatTensor` of shape `(images, texts)`, *optional*):
-            Where the model has an `image` and a `text` modality and both are given: cosine / temperature, averaged
-            over the directions between them.
-        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`, *optional*): the transpose.
+            Where an image and a text modality are given (those of these names, else the only ones whose encoders take
+            images and text): cosine / temperature, averaged over the directions between them.
+        logits_per_audio (`torch.FloatTensor` of shape `(sounds, texts)`, *optional*): likewise for sounds.
+        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`, *optional*):
+            The transpose of `logits_per_image`, or of `logits_per_audio` where no images are given.
         latents (`dict[str, torch.FloatTensor]`): `{modality: (batch, latent_size)}`.
         directions (`dict[str, DirectionOutput]`): both predictions and the router's outputs for each direction.
         loss_terms (`dict[str, torch.FloatTensor]`):
@@ -56,6 +59,7 @@ class AltMoEOutput(ModelOutput):
 
     loss: torch.FloatTensor | None = None
     logits_per_image: torch.FloatTensor | None = None
+    logits_per_audio: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
     latents: dict[str, torch.FloatTensor] | None = None
     directions: dict[str, DirectionOutput] | None = None
@@ -407,11 +411,16 @@ class AltMoEModel(AltMoEPreTrainedModel):
                 for term, value in named.items():
                     terms.setdefault(term, []).append(value)
 
-        per_image = self._logits_per_image(directions, targets)
+        per_image, per_audio = (
+            self._logits_per("image", directions, targets),
+            self._logits_per("audio", directions, targets),
+        )
+        per_item = per_audio if per_image is None else per_image
         result = AltMoEOutput(
             loss=torch.stack(losses).mean() if losses else None,
             logits_per_image=per_image,
-            logits_per_text=None if per_image is None else per_image.T,
+            logits_per_audio=per_audio,
+            logits_per_text=None if per_item is None else per_item.T,
             latents=targets,
             directions=directions,
             loss_terms={term: torch.stack(values).mean() for term, values in terms.items()} or None,
@@ -424,14 +433,24 @@ class AltMoEModel(AltMoEPreTrainedModel):
         scale = self.logit_scale[self.config.directions.index(direction)].exp()
         return scale * F.normalize(output.contrastive, dim=-1) @ self.connector.frames[target].unit(candidates).T
 
-    def _logits_per_image(self, directions: dict[str, DirectionOutput], latents: dict[str, torch.Tensor]):
-        if "image" not in latents or "text" not in latents:
+    def _meant(self, kind: str) -> str | None:
+        """The modality that a name like `logits_per_image` means: the one of this name, else the only one whose encoder
+        takes such input."""
+        if kind in self.config.encoders:
+            return kind
+        found = [m for m, encoder in self.encoders.items() if encoder.main_input_name in MAIN_INPUTS[kind]]
+        return found[0] if len(found) == 1 else None
+
+    def _logits_per(self, kind: str, directions: dict[str, DirectionOutput], latents: dict[str, torch.Tensor]):
+        item, text = self._meant(kind), self._meant("text")
+        if item not in latents or text not in latents:
             return None
+        there, back = f"{item}->{text}", f"{text}->{item}"
         parts = []
-        if "image->text" in directions:
-            parts.append(self._logits("image->text", directions["image->text"], latents["text"]))
-        if "text->image" in directions:
-            parts.append(self._logits("text->image", directions["text->image"], latents["image"]).T)
+        if there in directions:
+            parts.append(self._logits(there, directions[there], latents[text]))
+        if back in directions:
+            parts.append(self._logits(back, directions[back], latents[item]).T)
         return torch.stack(parts).mean(0) if parts else None
 
     def _loss(self, direction, output, target_latents, positives, candidates):

@@ -83,6 +83,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
             raise ValueError(f"self_contained=True needs the encoders of {absent}, which are not attached.")
         os.makedirs(save_directory, exist_ok=True)
         before = self._get_files_timestamps(save_directory)
+        self._describe_code()
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("encoders.")}
         self.config.encoders = {m: {**entry, "self_contained": self_contained} for m, entry in entries.items()}
@@ -101,6 +102,20 @@ class AltMoEPreTrainedModel(PreTrainedModel):
                 name = hub.pop("repo_id", os.path.basename(os.fspath(save_directory).rstrip(os.sep)))
                 repo = create_repo(name, exist_ok=True, private=private, token=token).repo_id
                 self._upload_modified_files(save_directory, repo, before, token=token, **hub)
+
+    def _describe_code(self) -> None:
+        """Tell `config.json` which saved files serve `pipeline(...)` and the auto classes that pipelines load with."""
+        if self._auto_class is None:
+            return  # no code is saved
+        # this import also makes transformers copy the pipeline's code beside the model's
+        from .pipeline_altmoe import TASK, CrossModalRetrievalPipeline
+
+        model, pipeline = (
+            f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for cls in (type(self), CrossModalRetrievalPipeline)
+        )
+        self.config.custom_pipelines = {TASK: {"impl": pipeline, "pt": ["AutoModel"]}}
+        known = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**known, "AutoModel": model, "AutoModelForZeroShotImageClassification": model}
 
     @classmethod
     def from_pretrained(

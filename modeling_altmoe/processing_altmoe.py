@@ -273,6 +273,9 @@ class AltMoEProcessor(ProcessorMixin):
             for modality, folder in self._folders().items()
         }
         result = {"processor_class": type(self).__name__, "modalities": modalities}
+        folder = next((entry["folder"] for entry in modalities.values() if entry["kind"] == "audio"), "")
+        if folder:  # AutoFeatureExtractor looks here first, then at the root, where the image processor lies
+            result["feature_extractor"] = self.feature_extractor.to_dict()
         if self._auto_class is not None:
             result["auto_map"] = {"AutoProcessor": f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"}
         return result

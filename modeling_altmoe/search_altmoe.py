@@ -7,9 +7,13 @@ exactly in one pass over vectors that are derived from the store; the store itse
 
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
+
+try:  # searching a store needs it, loading a checkpoint does not
+    import faiss
+except ImportError:
+    faiss = None
 
 from .confidence_altmoe import SHORT_LIST
 from .latents_altmoe import LatentStore
@@ -56,10 +60,13 @@ class LatentIndex:
         batch_rows: rows converted at a time.
 
     Raises:
+        ImportError: faiss is not installed.
         ValueError: the store is of another modality or protocol (naming the fields that differ), or empty.
     """
 
     def __init__(self, model: AltMoEModel, store: LatentStore, direction: str, rows=None, batch_rows: int = 16384):
+        if faiss is None:
+            raise ImportError("Searching a LatentStore needs faiss: pip install faiss-cpu.")
         _, target = model.config.resolve(direction)
         store.check(target, model.config.encoders[target])
         if not len(store):

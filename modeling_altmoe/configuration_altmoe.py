@@ -119,7 +119,8 @@ class AltMoEConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        self.encoders = dict(self.encoders or {})
+        # config.json is written with sorted keys, and embeddings are rows in this order: it must not change in a round trip
+        self.encoders = dict(sorted((self.encoders or {}).items()))
         self.directions = list(self.directions or [])
         self.base_features = dict(self.base_features or {})
         self.scoring = dict(self.scoring or {})
@@ -164,7 +165,7 @@ class AltMoEConfig(PreTrainedConfig):
 
     @property
     def modalities(self) -> list[str]:
-        """Names of the joined modalities, in order."""
+        """Names of the joined modalities, in alphabetical order."""
         return list(self.encoders)
 
     def latent_size(self, modality: str) -> int:

@@ -332,14 +332,14 @@ class AltMoEModel(AltMoEPreTrainedModel):
         return self.connector(latents, direction), target
 
     def _by_modality(self, inputs: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        """Sort raw tensors by modality: `"audio__input_values"` says so itself; plain names go to the first encoder
-        whose main input they are or accompany (`attention_mask` goes with `input_ids`)."""
+        """Sort raw tensors by modality: `"audio__input_values"` says so itself; plain names go to the first encoder,
+        by name, whose main input they are or accompany (`attention_mask` goes with `input_ids`)."""
         sorted_inputs: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in inputs.items():
             modality, marked, plain = name.partition("__")
             if not marked:
                 plain, main = name, COMPANIONS.get(name, name)
-                takers = [m for m, encoder in self.encoders.items() if encoder.main_input_name == main]
+                takers = [m for m in sorted(self.encoders) if self.encoders[m].main_input_name == main]
                 if not takers:
                     raise ValueError(
                         f"No attached encoder takes '{name}'. Attached: {', '.join(self.encoders) or 'none'}. "

@@ -147,7 +147,7 @@ class AltMoEProcessor(ProcessorMixin):
     """
 
     def __init__(self, processors: dict[str, Any] | None = None, prompts: dict[str, str] | None = None, **kwargs):
-        self.processors = dict(processors or {})
+        self.processors = dict(sorted((processors or {}).items()))  # as the model and a saved processor have them
         self.prompts = dict(prompts or {})
         self.chat_template = None
         for modality in self.prompts:

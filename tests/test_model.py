@@ -125,6 +125,19 @@ def test_round_trip_keeps_every_output(joined, inputs, tmp_path):
     assert not any(name.startswith("encoders.") for name in load_file(tmp_path / "model" / "model.safetensors"))
 
 
+@pytest.mark.parametrize("expert_pool", ["shared", "per_modality"])
+@torch.no_grad()
+def test_round_trip_keeps_modalities_in_any_order(expert_pool, tmp_path):
+    encoders = {name: {"latent_size": 16} for name in ("text", "image", "audio")}
+    model = small_model(encoders=encoders, directions=["text->audio", "image->text"], expert_pool=expert_pool)
+    torch.nn.init.normal_(model.connector.router.source_embedding)
+    torch.nn.init.normal_(model.connector.router.target_embedding)
+    model.save_pretrained(tmp_path)
+    again, latents = AltMoEModel.from_pretrained(tmp_path), torch.randn(9, 16)
+    for direction in model.directions:
+        assert torch.equal(model.queries(direction, latents), again.queries(direction, latents))
+
+
 def test_self_contained_needs_no_other_folder(encoder_folders, inputs, tmp_path):
     copies = {m: shutil.copytree(folder, tmp_path / m) for m, folder in encoder_folders.items()}
     model = AltMoEModel.from_encoders(copies, protocols=PROTOCOLS, **SIZES).eval()

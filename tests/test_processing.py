@@ -22,7 +22,9 @@ def test_a_second_text_modality_gets_its_own_names(tmp_path, pictures):
     own = tiny_processors(tmp_path)
     both = AltMoEProcessor({"question": own["text"], "answer": own["text"]})
     inputs = both(question=["a cat"], answer=["dog", "tree"])
-    assert inputs["input_ids"].shape[0] == 1 and inputs["answer__input_ids"].shape[0] == 2
+    assert inputs["question__input_ids"].shape[0] == 1 and inputs["input_ids"].shape[0] == 2
+    both.save_pretrained(tmp_path / "saved")
+    assert set(AltMoEProcessor.from_pretrained(tmp_path / "saved")(question=["a cat"], answer=["dog"])) == set(inputs)
 
 
 def test_transparency_is_laid_on_white():

@@ -269,7 +269,8 @@ class CrossModalRetrievalPipeline(Pipeline):
 
             candidates = LatentStore.open(candidates)
         if hasattr(candidates, "take") and hasattr(candidates, "protocol"):  # by remote code its class is another one
-            candidates.check(candidates.modality, self.model.config.encoders.get(candidates.modality) or {})
+            self.model.config.latent_size(candidates.modality)
+            candidates.check(candidates.modality, self.model.config.encoders[candidates.modality])
             return StoredCandidates(self.model, candidates)
         if isinstance(candidates, dict):
             if len(candidates) != 1:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+SPACE = ["gradio", "soundfile", "soxr"]
+
 setup(
     name="altmoe",
     version="0.1.0",
@@ -13,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["modeling_altmoe", "trainer", "trainer.metrics", "trainer.metrics.cross_modal_retrieval", "model_cards"],
-    package_data={"model_cards": ["*.md", "recipes/*.yaml"]},
+    package_data={"model_cards": ["*.md", "recipes/*.yaml", "endpoint/*", "space/*"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.20",
@@ -32,6 +34,10 @@ setup(
         "filelock",
         "tqdm",
     ],
-    extras_require={"demo": ["CairoSVG"], "test": ["pytest", "hypothesis", "ruff", "CairoSVG"]},
+    extras_require={
+        "demo": ["CairoSVG"],
+        "space": SPACE,
+        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE],
+    },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},
 )

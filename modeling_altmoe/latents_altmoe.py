@@ -22,6 +22,7 @@ except ImportError:
     pa = None
 
 from .encoding_altmoe import LatentProtocol
+from .sharing_altmoe import push_folder, shareable, store_card
 
 FORMAT = 1
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -320,3 +321,45 @@ class LatentStore:
     def latents(self) -> torch.Tensor:
         """All latents, `(n, latent_size)` float32, in memory."""
         return self.take(np.arange(len(self)))
+
+    # ---------------------------------------------------------------- share
+
+    def push_to_hub(self, repo_id: str, *, license: str | None = None, **kwargs) -> str:
+        """Send the store with a card of its own to the Hub, as a data set; the commit's address.
+
+        Args:
+            repo_id: `name` or `owner/name`; made if it does not exist.
+            license: of the latents, e.g. `"cc-by-4.0"`.
+            kwargs: `private`, `token`, `revision`, `commit_message`.
+
+        Raises:
+            ValueError: nothing written yet.
+            PermissionError: the token may not write there.
+        """
+        if not len(self):
+            raise ValueError(f"'{self.path}' is empty: nothing to push. Call flush() after append().")
+        description = json.dumps(shareable(self.description), indent=2) + "\n"
+        replace = {DESCRIPTION: description.encode(), "README.md": store_card(self, repo_id, license).encode()}
+        kwargs.setdefault("commit_message", f"{len(self)} latents")
+        return push_folder(self.path, repo_id, "dataset", replace=replace, **kwargs)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, **kwargs) -> "LatentStore":
+        """Open a store on the Hub, downloaded once into the cache. Read it; to add rows, copy the folder first.
+
+        Args:
+            repo_id: name of the data set.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            OSError: no such data set, or no access.
+            ValueError: it is not a store.
+        """
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            repo_id, repo_type="dataset", allow_patterns=[DESCRIPTION, "shard-*.arrow"], **kwargs
+        )
+        if not (Path(folder) / DESCRIPTION).exists():
+            raise ValueError(f"The data set '{repo_id}' is not a LatentStore (no {DESCRIPTION}).")
+        return cls.open(folder)

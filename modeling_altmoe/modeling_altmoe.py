@@ -394,7 +394,12 @@ class AltMoEModel(AltMoEPreTrainedModel):
             self.config.resolve(direction)
             wanted = [direction]
         else:
-            wanted = [d for d in self.config.directions if set(self.config.resolve(d)[0]) <= set(sources)]
+            wanted = []
+            for name in self.config.directions:
+                used = self.config.resolve(name)[0]
+                # sources of different numbers are not paired, so there is nothing to fuse
+                if set(used) <= set(sources) and len({len(sources[m]) for m in used}) == 1:
+                    wanted.append(name)
         if return_loss is None:
             return_loss = self.training or direction is not None
         directions, losses, terms = {}, [], {}

@@ -6,6 +6,7 @@ weights; encoders stay in their own repositories unless `self_contained=True`.
 """
 
 import os
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from transformers import initialization as init
 from .attaching_altmoe import load_encoder, load_lora, save_encoder_parts
 from .configuration_altmoe import AltMoEConfig
 from .connector_altmoe import AltMoEConnector, AltMoEExperts, AltMoERouter, ClosedFormBase, Frame, ScoreBank
+from .sharing_altmoe import refuse_local_encoders, upload_saved
 
 HUB_KEYWORDS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 
@@ -79,6 +81,8 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         """
         absent = [m for m in self.config.modalities if m not in self.encoders]
         entries = self.config.encoders
+        if push_to_hub and not self_contained:
+            refuse_local_encoders({m: {**e, "self_contained": False} for m, e in entries.items()})
         if self_contained and absent:
             raise ValueError(f"self_contained=True needs the encoders of {absent}, which are not attached.")
         os.makedirs(save_directory, exist_ok=True)
@@ -96,12 +100,21 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             save_encoder_parts(self.encoders, self.config, save_directory, self_contained)
             if push_to_hub:
-                from huggingface_hub import create_repo
+                upload_saved(self, save_directory, before, token=kwargs.get("token"), private=private, **hub)
 
-                token = kwargs.get("token")
-                name = hub.pop("repo_id", os.path.basename(os.fspath(save_directory).rstrip(os.sep)))
-                repo = create_repo(name, exist_ok=True, private=private, token=token).repo_id
-                self._upload_modified_files(save_directory, repo, before, token=token, **hub)
+    def push_to_hub(self, repo_id: str, *, self_contained: bool = False, **kwargs):
+        """As in `PreTrainedModel.push_to_hub`; `self_contained=True` sends the encoders as well.
+
+        Raises:
+            ValueError: an encoder is by name, and the name is a folder of this machine.
+        """
+        if not self_contained:
+            refuse_local_encoders({m: {**e, "self_contained": False} for m, e in self.config.encoders.items()})
+        self.save_pretrained = partial(type(self).save_pretrained, self, self_contained=self_contained)
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            del self.save_pretrained
 
     def _describe_code(self) -> None:
         """Tell `config.json` which saved files serve `pipeline(...)` and the auto classes that pipelines load with."""

@@ -24,6 +24,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import cached_file
 
 from .configuration_altmoe import unknown_name_message
+from .sharing_altmoe import upload_saved
 
 CONFIG_NAME = "processor_config.json"
 LOADERS = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}
@@ -291,14 +292,8 @@ class AltMoEProcessor(ProcessorMixin):
         path = Path(save_directory) / CONFIG_NAME
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
         if push_to_hub:
-            from huggingface_hub import create_repo
-
-            token = kwargs.get("token")
-            name = kwargs.get("repo_id", os.path.basename(os.fspath(save_directory).rstrip(os.sep)))
-            repo = create_repo(name, exist_ok=True, private=kwargs.get("private"), token=token).repo_id
-            self._upload_modified_files(
-                save_directory, repo, before, token=token, commit_message=kwargs.get("commit_message")
-            )
+            hub = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
+            upload_saved(self, save_directory, before, **{key: kwargs[key] for key in hub if key in kwargs})
         return [str(path)]
 
     @classmethod

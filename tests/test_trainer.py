@@ -231,6 +231,8 @@ def _rank(rank, world, folder):
         load_best_model_at_end=False,
     )
     trainer.train()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must end before the interpreter does
 
 
 def test_two_ranks_equal_one(tmp_path):

@@ -1,6 +1,7 @@
-"""The `altmoe` command: encode, train, evaluate, search, publish. Errors for users are one sentence."""
+"""The `altmoe` command: encode, train, evaluate, search, publish, push. Errors for users are one sentence."""
 
 import argparse
+import importlib
 import sys
 
 COMMANDS = {
@@ -9,6 +10,7 @@ COMMANDS = {
     "evaluate": "measure a trained connector on held-out pairs, beside simpler methods",
     "search": "search a LatentStore with a text, a picture or a sound",
     "publish": "write a folder that is ready for the Hub: weights, code, card, examples",
+    "push": "send a published model, a LatentStore or a search page to the Hub",
 }
 USAGE = "usage: altmoe COMMAND ...\n\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
 
@@ -47,12 +49,11 @@ def main(arguments: list[str] | None = None) -> None:
             from trainer.train import main as train
 
             train(rest)
-        elif name == "search":
-            from trainer import search
-
-            parser = argparse.ArgumentParser(prog="altmoe search", description=COMMANDS[name], allow_abbrev=False)
-            search.add_arguments(parser)
-            search.main(parser.parse_args(rest))
+        elif name in ("search", "push"):
+            command = importlib.import_module(f"trainer.{name}")
+            parser = argparse.ArgumentParser(prog=f"altmoe {name}", description=COMMANDS[name], allow_abbrev=False)
+            command.add_arguments(parser)
+            command.main(parser.parse_args(rest))
         else:
             _dataclass_command(name, rest)
     except (ValueError, OSError, RuntimeError) as error:

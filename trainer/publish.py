@@ -27,6 +27,7 @@ from trainer.train import RECIPE, open_parts, open_stores
 
 VERSION = "0.1.0"
 TEMPLATE = Path(model_cards.__file__).parent / "template.md"
+ENDPOINT = TEMPLATE.parent / "endpoint"
 
 
 @dataclass
@@ -230,6 +231,8 @@ def publish(arguments: PublishArguments) -> Path:
     model.save_pretrained(out, self_contained=arguments.self_contained)
     AltMoEProcessor.from_pretrained(arguments.run, trust_remote_code=True).save_pretrained(out)
     shutil.copy(Path(arguments.run) / RECIPE, out / RECIPE)
+    for name in ("handler.py", "requirements.txt"):  # what an Inference Endpoint starts
+        shutil.copy(ENDPOINT / name, out / name)
     if (Path(arguments.run) / "evaluation.json").is_file():
         shutil.copy(Path(arguments.run) / "evaluation.json", out / "evaluation.json")
     example = "photo.png"

@@ -1,0 +1,186 @@
+"""Sharing on the Hub: what may leave this machine, and sending it.
+
+Comes in: a saved folder, or something with `save_pretrained`. Goes out: a commit. Only safetensors, Arrow, JSON, text,
+code and pictures are sent: a pickle can run code where it is opened.
+"""
+
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+try:  # the client's own transport; its errors are not the client's
+    from httpx2 import TransportError
+except ImportError:
+    TransportError = ConnectionError
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
+SCRATCH = (".lock", "*.tmp", "*.lock", "__pycache__/*", "*/__pycache__/*", ".cache/*", ".git/*", "checkpoint-*/*")
+
+
+def is_local(name: str | None) -> bool:
+    """Whether an encoder's name only means something on this machine."""
+    return bool(name) and (os.path.isdir(name) or os.path.isabs(name))
+
+
+def refuse_local_encoders(entries: dict[str, dict[str, Any]]) -> None:
+    """Raise if another machine could not load an encoder.
+
+    Args:
+        entries: `AltMoEConfig.encoders`.
+
+    Raises:
+        ValueError: naming the encoders and what to do.
+    """
+    local = {
+        modality: entry["name_or_path"]
+        for modality, entry in entries.items()
+        if not entry.get("self_contained") and is_local(entry.get("name_or_path"))
+    }
+    if local:
+        raise ValueError(
+            f"These encoders lie on this machine only: {local}. Others could not load the model. Push it with "
+            "self_contained=True (`altmoe publish --self_contained`), or push the encoders and use their Hub names."
+        )
+
+
+def upload_saved(saver, folder, before: dict, repo_id=None, private=None, token=None, **commit):
+    """`save_pretrained(..., push_to_hub=True)`: send what was written since `before` (names and times of files)."""
+    name = repo_id or os.path.basename(os.fspath(folder).rstrip(os.sep))
+    repo = HfApi().create_repo(name, exist_ok=True, private=private, token=token).repo_id
+    return saver._upload_modified_files(folder, repo, before, token=token, **commit)
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    repo_type: str = "model",
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    replace: dict[str, bytes] | None = None,
+) -> str:
+    """Send a whole folder in one commit; run it again after a break, nothing is sent twice.
+
+    Args:
+        folder: what to send; lock files, half-written files and training checkpoints stay.
+        repo_id: `name` or `owner/name`; made if it does not exist.
+        repo_type: `"model"`, `"dataset"` or `"space"`.
+        private: visibility of a new repository.
+        token: as everywhere in huggingface_hub.
+        revision: branch to write to; made if it does not exist.
+        commit_message: first line of the commit.
+        replace: `{file name: content}` sent instead of files in the folder, or beside them.
+
+    Returns:
+        the commit's address.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it.
+        ValueError: it holds pickles.
+        PermissionError: the token may not write there.
+        OSError: the connection broke; nothing was changed on the Hub.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    folder, replace = Path(folder), dict(replace or {})
+    found = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [name for name in found if not any(fnmatch(name, pattern) for pattern in SCRATCH)]
+    if not found:
+        raise FileNotFoundError(f"Nothing to push in '{folder}'.")
+    pickles = [name for name in found if any(fnmatch(name, pattern) for pattern in PICKLES)]
+    if pickles:
+        raise ValueError(
+            f"'{folder}' holds pickles, which can run code where they are opened: {pickles[:5]}. Remove them."
+        )
+    files = {name: str(folder / name) for name in found} | replace
+    api = HfApi(token=token)
+    try:
+        sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **sdk).repo_id
+        if revision:
+            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        return api.create_commit(
+            repo_id, operations, repo_type=repo_type, revision=revision, commit_message=commit_message or "Upload"
+        ).commit_url
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"The Hub does not let you write to '{repo_id}' (status {error.response.status_code}). Log in with a token "
+                "that may write (`hf auth login`), or choose a name of your own."
+            ) from error
+        raise
+    except TransportError as error:
+        raise ConnectionError(
+            f"The connection broke while pushing to '{repo_id}' ({error}). Nothing was changed there: push again."
+        ) from error
+
+
+def shareable(description: dict[str, Any]) -> dict[str, Any]:
+    """A store's description without names of folders on this machine; the protocol says what made the latents."""
+    encoder = dict(description["encoder"])
+    if is_local(encoder.get("name_or_path")):
+        encoder["name_or_path"] = None
+    return {**description, "encoder": encoder}
+
+
+STORE_CARD = """---
+{metadata}
+---
+
+# {name}
+
+{count} latents of modality `{modality}`, {size}-d {dtype}, made once by a frozen encoder and never changed: any connector
+trained towards this encoder searches them.
+
+| | |
+|---|---|
+| encoder | {encoder} |
+| protocol | {protocol} |
+| fingerprint | `{fingerprint}` |
+| columns | {columns} |
+
+```python
+from modeling_altmoe import LatentStore
+
+store = LatentStore.from_hub("{repo}")
+store.take([0])  # (1, {size}) float32
+```
+
+`datasets.load_dataset("{repo}")` reads the same rows. A search under another protocol is refused, naming the field that differs.
+"""
+
+
+def store_card(store, repo_id: str, license: str | None = None) -> str:
+    """README.md of a store on the Hub: protocol, encoder, licence, count and how to open it."""
+    from huggingface_hub import DatasetCardData
+
+    entry = store.encoder
+    local = is_local(entry.get("name_or_path"))
+    encoder = os.path.basename(entry["name_or_path"]) if local else (entry.get("name_or_path") or "a model in memory")
+    data = DatasetCardData(
+        license=license,
+        tags=["altmoe", "embeddings", store.modality],
+        size_categories=None,
+        configs=[{"config_name": "default", "data_files": "shard-*.arrow"}],
+    )
+    fields = {k: v for k, v in store.protocol.to_dict().items() if v not in ("", None)}
+    return STORE_CARD.format(
+        metadata=data.to_yaml().strip(),
+        name=repo_id.split("/")[-1],
+        repo=repo_id,
+        count=len(store),
+        modality=store.modality,
+        size=store.latent_size,
+        dtype=store.dtype,
+        encoder=encoder,
+        protocol=", ".join(f"{name} {value}" for name, value in fields.items()),
+        fingerprint=store.fingerprint,
+        columns=", ".join(["id", "latent", *store.columns]),
+    )

@@ -1,0 +1,149 @@
+"""Round trips through a Hub on the loopback, with the real client, each in a new process with an empty cache."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import paired_latents, tiny_processors
+from hub_server import READ, STRANGER, Hub
+
+from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
+
+ROOT = Path(__file__).parent.parent
+LOAD = """
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained({name!r}, trust_remote_code=True)
+print(model.predict({{"image": torch.ones(1, 32)}}, "image->text").flatten().tolist())
+"""
+
+
+@pytest.fixture
+def hub():
+    with Hub() as server:
+        yield server
+
+
+def run(code: str, environment: dict, folder) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def altmoe(arguments: list[str], environment: dict, folder) -> subprocess.CompletedProcess:
+    return run(f"import sys; sys.path.insert(0, {str(ROOT)!r}); from trainer.cli import main; main({arguments!r})",
+               environment, folder)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, encoder_folders):
+    """A self-contained model with processor and card."""
+    root = tmp_path_factory.mktemp("published")
+    model = AltMoEModel.from_encoders(encoder_folders, hidden_size=16, moe_intermediate_size=8, base="none")
+    model.save_pretrained(root, self_contained=True)
+    AltMoEProcessor(tiny_processors(tmp_path_factory.mktemp("words"))).save_pretrained(root)
+    (root / "README.md").write_text('---\nlibrary_name: transformers\n---\n\nrepo = "here"\n')
+    return root, model.eval()
+
+
+def test_altmoe_push_and_a_stranger_pulls(hub, published, tmp_path):
+    root, model = published
+    done = altmoe(["push", str(root), "me/joined"], hub.environment(tmp_path / "mine"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = hub.files("me/joined")
+    assert 'repo = "me/joined"' in files["README.md"].decode() and "modeling_altmoe.py" in files
+    environment = hub.environment(tmp_path / "fresh", token=None)
+    pulled = run(LOAD.format(name="me/joined"), environment, tmp_path / "elsewhere")
+    assert pulled.returncode == 0, pulled.stderr
+    expected = model.predict({"image": torch.ones(1, 32)}, "image->text").flatten()
+    assert torch.equal(torch.tensor(json.loads(pulled.stdout.splitlines()[-1])), expected)
+    before = len(hub.requests)
+    offline = run(LOAD.format(name="me/joined"), {**environment, "HF_HUB_OFFLINE": "1"}, tmp_path / "elsewhere")
+    assert offline.stdout == pulled.stdout, offline.stderr
+    assert len(hub.requests) == before
+
+
+def test_branches_private_repositories_and_tokens(hub, published, tmp_path):
+    root, _ = published
+    mine = hub.environment(tmp_path / "mine")
+    altmoe(["push", str(root), "me/secret", "--private"], mine, tmp_path)
+    done = altmoe(["push", str(root), "me/secret", "--revision", "next"], mine, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "config.json" in hub.files("me/secret", "next") and hub.repositories["model", "me/secret"].private
+    for token, works in ((READ, True), (STRANGER, False), (None, False)):
+        pulled = run(
+            LOAD.format(name="me/secret"), hub.environment(tmp_path / f"cache-{works}-{token}", token), tmp_path
+        )
+        assert (pulled.returncode == 0) == works, pulled.stderr
+    refused = altmoe(["push", str(root), "me/secret"], hub.environment(tmp_path / "reader", READ), tmp_path)
+    assert refused.returncode == 2 and "may write" in refused.stderr and READ not in refused.stderr
+
+
+def test_a_push_that_breaks_changes_nothing_and_can_be_run_again(hub, published, tmp_path):
+    root, _ = published
+    mine = hub.environment(tmp_path / "mine")
+    altmoe(["push", str(root), "me/joined"], mine, tmp_path)
+    before = hub.files("me/joined")
+    hub.break_at, hub.objects = "/commit/", {}
+    broken = altmoe(["push", str(root), "me/joined", "--message", "again"], mine, tmp_path)
+    assert broken.returncode == 2 and "push again" in broken.stderr
+    assert hub.files("me/joined") == before
+    hub.break_at = None
+    done = altmoe(["push", str(root), "me/joined", "--message", "again"], mine, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_model_and_processor_push_themselves(hub, published, tmp_path):
+    root, _ = published
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from modeling_altmoe import AltMoEModel, AltMoEProcessor
+model = AltMoEModel.from_pretrained({str(root)!r})
+try: model.push_to_hub("me/own")
+except ValueError as error: print("refused:", error)
+model.push_to_hub("me/own", self_contained=True)
+AltMoEProcessor.from_pretrained({str(root)!r}).push_to_hub("me/own")
+"""
+    done = run(code, hub.environment(tmp_path / "mine"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "refused: These encoders lie on this machine only" in done.stdout
+    assert {"processor_config.json", "encoder_image/model.safetensors"} <= set(hub.files("me/own"))
+    code = "from transformers import AutoProcessor\nAutoProcessor.from_pretrained('me/own', trust_remote_code=True)\n"
+    pulled = run(code + LOAD.format(name="me/own"), hub.environment(tmp_path / "fresh"), tmp_path)
+    assert pulled.returncode == 0, pulled.stderr
+
+
+def test_a_store_comes_back_the_same(hub, tmp_path):
+    latents = paired_latents(10)["image"]
+    encoder = {"latent_size": 24, "name_or_path": str(tmp_path), "protocol": {"pooling": "cls"}}
+    with LatentStore.create(tmp_path / "store", "image", encoder, columns={"path": "string"}) as store:
+        store.append([str(i) for i in range(10)], latents, path=[f"{i}.png" for i in range(10)])
+    mine = hub.environment(tmp_path / "mine")
+    done = altmoe(["push", str(tmp_path / "store"), "me/latents", "--license", "mit"], mine, tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = hub.files("me/latents", kind="dataset")
+    assert b"license: mit" in files["README.md"] and str(tmp_path).encode() not in b"".join(files.values())
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from modeling_altmoe import LatentStore
+store = LatentStore.from_hub("me/latents")
+print([store.fingerprint, store.column("path"), store.latents().tolist()])
+"""
+    pulled = run(code, hub.environment(tmp_path / "fresh", READ), tmp_path / "elsewhere")
+    assert pulled.returncode == 0, pulled.stderr
+    fingerprint, paths, rows = json.loads(pulled.stdout.replace("'", '"'))
+    assert fingerprint == store.fingerprint and paths[3] == "3.png" and torch.equal(torch.tensor(rows), latents)
+
+
+def test_pickles_and_unknown_folders_are_refused(published, tmp_path):
+    from modeling_altmoe.sharing_altmoe import push_folder
+
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="pickles"):
+        push_folder(tmp_path, "me/x")
+    with pytest.raises(FileNotFoundError, match="Nothing to push"):
+        push_folder(tmp_path / "none", "me/x")

@@ -50,7 +50,7 @@ class Hub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int]] = []
-        self.bodies: list[bytes] = []
+        self.lock = threading.Lock()
         self.break_at: str | None = None  # close the connection at the first request whose path holds this
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -69,7 +69,14 @@ class Hub:
         """Environment of a new process: this Hub, its own cache, nothing of ours importable."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"}
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-        own.update({"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+        own.update(
+            {
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_OFFLINE": "0",
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            }
+        )
         return {**kept, **own, **({"HF_TOKEN": token} if token else {}), **more}
 
     def files(self, name: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
@@ -297,13 +304,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.answer(200)
 
     def commit(self, kinds: str, name: str, revision: str) -> None:
+        with self.hub.lock:
+            self.commit_alone(kinds, name, revision)
+
+    def commit_alone(self, kinds: str, name: str, revision: str) -> None:
         if not (repository := self.repository(KINDS[kinds], name, write=True)):
             return
         sha = repository.find(revision)
         if sha is None:
             return self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files, message = dict(repository.commits[sha]), ""
-        self.hub.bodies.append(self.body)
+
         for line in self.body.splitlines():
             item = json.loads(line)
             key, value = item["key"], item["value"]

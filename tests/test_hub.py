@@ -147,3 +147,51 @@ def test_pickles_and_unknown_folders_are_refused(published, tmp_path):
         push_folder(tmp_path, "me/x")
     with pytest.raises(FileNotFoundError, match="Nothing to push"):
         push_folder(tmp_path / "none", "me/x")
+
+
+TRAIN = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+from conftest import paired_latents, small_model
+from trainer.arguments import AltMoEArguments
+from trainer.pairs import LatentPairs
+from trainer.trainer import AltMoETrainer
+latents = paired_latents(32)
+keys = {{m: [str(i) for i in range(32)] for m in latents}}
+model = small_model()
+pairs = LatentPairs(latents, keys, model.directions)
+args = AltMoEArguments(
+    output_dir="run", max_steps=4, save_steps=2, eval_strategy="no", load_best_model_at_end=False, use_cpu=True,
+    per_device_train_batch_size=8, push_to_hub=True, hub_model_id="me/trained", hub_strategy={strategy!r},
+    hub_always_push=True, disable_tqdm=True,
+)
+trainer = AltMoETrainer(model, args, pairs)
+trainer.train()
+if {strategy!r} == "end":
+    trainer.push_to_hub()
+"""
+LOAD_TRAINED = """
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("me/trained", trust_remote_code=True)
+print(model.predict({"image": torch.ones(1, 24)}, "image->text").shape)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_every_hub_strategy_pushes_a_loadable_repository_without_pickles_or_tokens(hub, strategy, tmp_path):
+    mine = hub.environment(tmp_path / "mine")
+    code = TRAIN.format(root=str(ROOT), tests=str(ROOT / "tests"), strategy=strategy)
+    done = run(code, mine, tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    files = hub.files("me/trained")
+    assert {"modeling_altmoe.py", "training_args.json", "model.safetensors"} <= set(files)
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert (
+        mine["HF_TOKEN"].encode() not in b"".join(files.values()) and mine["HF_TOKEN"] not in done.stdout + done.stderr
+    )
+    if strategy == "checkpoint":
+        assert "last-checkpoint/config.json" in files
+    if strategy == "all_checkpoints":
+        assert "checkpoint-2/config.json" in files
+    pulled = run(LOAD_TRAINED, hub.environment(tmp_path / "fresh", None), tmp_path / "elsewhere")
+    assert pulled.returncode == 0, pulled.stderr

@@ -145,9 +145,10 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
         fit_scoring(model, parts["train"], parts["validation"], target_precision=arguments.target_precision)
         final = evaluate_pairs(model, parts["validation"], scored=True)
         metrics.update({f"eval_{name}": value for name, value in final.items()})
-    trainer.save_model(arguments.output_dir)
     if trainer.is_world_process_zero():
         write_recipe(arguments, arguments.output_dir)
+    trainer.save_model(arguments.output_dir)  # and pushes, with --push_to_hub true
+    if trainer.is_world_process_zero():
         trainer.save_metrics("train", metrics)
         trainer.save_state()
     return model, parts, metrics

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, ModelCard
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer import TRAINING_ARGS_NAME, PushInProgress
+from transformers.trainer_utils import HubStrategy, speed_metrics
 
 from modeling_altmoe.attaching_altmoe import load_lora
 from modeling_altmoe.configuration_altmoe import unknown_name_message
+from modeling_altmoe.sharing_altmoe import PICKLES, is_local, refuse_local_encoders
 from trainer.arguments import AltMoEArguments
 from trainer.measuring import evaluate_pairs
 from trainer.pairs import LatentPairs
@@ -75,13 +78,16 @@ class AltMoETrainer(Trainer):
         kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ValueError: unknown direction in `direction_learning_rates`, or evaluation asked for without validation pairs.
+        ValueError: unknown direction in `direction_learning_rates`, evaluation asked for without validation
+            pairs, or `push_to_hub` with encoders that only this machine has.
     """
 
     def __init__(
         self, model, args: AltMoEArguments, train_dataset: Dataset, eval_dataset=None, out_of_sample=None, **kwargs
     ):
         directions = model.config.directions
+        if args.push_to_hub:
+            refuse_local_encoders(model.config.encoders)  # before any work
         for direction in args.direction_learning_rates or {}:
             if direction not in directions:
                 raise ValueError(
@@ -98,6 +104,7 @@ class AltMoETrainer(Trainer):
         )
         self.out_of_sample = out_of_sample or {}
         self.direction: str | None = directions[0]
+        self._hub: HfApi | None = None
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # contrastive terms are means over a batch
@@ -214,7 +221,68 @@ class AltMoETrainer(Trainer):
                 total, count = total + loss.item() * len(index), count + len(index)
         return total / count
 
-    # ---------------------------------------------------------------- save and resume
+    # ---------------------------------------------------------------- save, share and resume
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The arguments are kept as JSON, without tokens; the stock file is a pickle."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and (folder / TRAINING_ARGS_NAME).exists():
+            (folder / TRAINING_ARGS_NAME).unlink()
+            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _upload(self, folder, message: str, **place):
+        """Send a folder; of a checkpoint only what is no pickle, so the optimiser's state stays here."""
+        ignored = ["_*", "checkpoint-*", *PICKLES] if not place else list(PICKLES)
+        if self._hub is None:  # one client: its uploads wait for each other, so no commit overtakes another
+            self._hub = HfApi(token=self.args.hub_token)
+        return self._hub.upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=message,
+            run_as_future=True,
+            ignore_patterns=ignored,
+            revision=self.args.hub_revision,
+            **place,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """The stock method copies two files only, so the repository would lack code and adapters."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._save(self.args.output_dir)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._upload(self.args.output_dir, message)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", path_in_repo=name))
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def create_model_card(self, *args, **kwargs):
+        """The stock card, with the encoders it joins and the task of the Hub's widget."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        place = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(place)
+        encoders = self.accelerator.unwrap_model(self.model).config.encoders
+        names = [e["name_or_path"] for e in encoders.values() if e.get("name_or_path")]
+        card.data.library_name = "transformers"
+        card.data.base_model = [name for name in names if not is_local(name)] or None
+        if card.data.base_model:
+            card.data.base_model_relation = "adapter"
+        if {"image", "text"} <= set(encoders):
+            card.data.pipeline_tag = "zero-shot-image-classification"
+        card.data.tags = sorted({*(card.data.tags or []), "altmoe", "cross-modal-retrieval"})
+        card.save(place)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

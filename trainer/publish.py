@@ -67,11 +67,15 @@ def _encoder_rows(model: AltMoEModel) -> list[dict]:
 
 
 def _eval_results(evaluation: dict, dataset: str) -> list[EvalResult]:
-    results = []
+    """One result a direction and k, with the standard error over its queries, `sqrt(p (1 - p) / n)`."""
+    results, queries = [], evaluation["protocol"]["queries"]
     for pair, methods in evaluation["results"].items():
         metrics = methods["altmoe"]["both_directions+hubness"]
         for direction in (d for d in metrics if d != "mean_recall"):
+            count = min(queries[modality] for modality in direction.partition("->")[0].split("+"))
             for k in (1, 5, 10):
+                share = metrics[direction][f"recall@{k}"]
+                error = 100 * (share * (1 - share) / count) ** 0.5
                 results.append(
                     EvalResult(
                         task_type="cross-modal-retrieval",
@@ -79,7 +83,8 @@ def _eval_results(evaluation: dict, dataset: str) -> list[EvalResult]:
                         dataset_name=f"{dataset} ({pair}, {evaluation['protocol']['part']})",
                         metric_type="recall",
                         metric_name=f"{direction} recall@{k}",
-                        metric_value=round(100 * metrics[direction][f"recall@{k}"], 2),
+                        metric_value=round(100 * share, 2),
+                        metric_args={"standard_error": round(error, 2), "queries": count},
                     )
                 )
     return results
@@ -113,8 +118,8 @@ def write_card(arguments: PublishArguments, model: AltMoEModel, recipe: dict, ex
             f"{', '.join(f'{n} {m}' for m, n in p['queries'].items())} items; trained on "
             f"{', '.join(f'{n} {m}' for m, n in p['training_rows'].items())} items. All methods: same split, tuned on the "
             f"same validation pairs, same post-processing (both-direction score, hubness correction from "
-            f"{p['hubness']}). Ties count against the method. One split, so no standard error: the project's benchmark "
-            "has several."
+            f"{p['hubness']}). Ties count against the method. One split: the standard errors in the metadata are over "
+            "its queries; the project's benchmark has several splits."
         )
     parameters = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("encoders."))
     config = model.config
@@ -230,7 +235,8 @@ def publish(arguments: PublishArguments) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, self_contained=arguments.self_contained)
     AltMoEProcessor.from_pretrained(arguments.run, trust_remote_code=True).save_pretrained(out)
-    shutil.copy(Path(arguments.run) / RECIPE, out / RECIPE)
+    shared = {**recipe, "stores": {m: Path(path).name for m, path in recipe["stores"].items()}}  # no folders of ours
+    (out / RECIPE).write_text(yaml.safe_dump({**shared, "output_dir": out.name}, sort_keys=False))
     for name in ("handler.py", "requirements.txt"):  # what an Inference Endpoint starts
         shutil.copy(ENDPOINT / name, out / name)
     if (Path(arguments.run) / "evaluation.json").is_file():

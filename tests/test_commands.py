@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from datasets import Dataset, Features, Image, Value
+from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image as Pictures
 from PIL import ImageDraw
@@ -222,10 +224,25 @@ def test_the_cards_code_runs_as_printed(place, tmp_path):
     text = (place / "hub" / "README.md").read_text()
     code = text.split("```python")[1].split("```")[0]
     code = code.replace(code.split('repo = "')[1].split('"')[0], str(place / "hub"))
-    code = code.replace(code.split('Image.open("')[1].split('"')[0], str(place / "hub" / "example.png"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"a dog", "a red apple", "a sailing boat"} <= {line[6:].strip() for line in done.stdout.splitlines()}
+
+
+def test_the_pushed_cards_code_runs_as_printed_in_an_empty_cache(place, tmp_path):
+    push = f"from trainer.cli import main; main(['push', {str(place / 'hub')!r}, 'me/colors'])"
+    with Hub() as hub:
+        mine = {**hub.environment(tmp_path / "mine"), "PYTHONPATH": str(Path(__file__).parent.parent)}
+        done = subprocess.run([sys.executable, "-c", push], capture_output=True, text=True, env=mine)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.files("me/colors")
+        assert {"handler.py", "evaluation.json", "recipe.yaml"} <= set(files)
+        assert not [name for name, content in files.items() if str(place).encode() in content and name != "README.md"]
+        code = files["README.md"].decode().split("```python")[1].split("```")[0]
+        fresh = hub.environment(tmp_path / "fresh", token=None)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=fresh, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 3
 
 
 # ---------------------------------------------------------------- bad input

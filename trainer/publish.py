@@ -241,14 +241,13 @@ def publish(arguments: PublishArguments) -> Path:
         shutil.copy(ENDPOINT / name, out / name)
     if (Path(arguments.run) / "evaluation.json").is_file():
         shutil.copy(Path(arguments.run) / "evaluation.json", out / "evaluation.json")
-    example = "photo.png"
+    example = '"photo.png"'
     if arguments.data and ("image", "text") in [tuple(sorted(p)) for p in modality_pairs(model.directions)[0]]:
         data = open_data(arguments.data)
         test = open_parts(model, open_stores(recipe["stores"]), recipe)["test"]
         used = draw_examples(out / "examples.png", model, test, data, arguments)
-        example = "example.png"
-        data[[str(name) for name in data["id"]].index(used[0])][arguments.image_column].save(out / example)
-        example = os.path.join(os.path.relpath(out), example)
+        example = 'cached_file(repo, "example.png")'  # in a folder and on the Hub alike
+        data[[str(name) for name in data["id"]].index(used[0])][arguments.image_column].save(out / "example.png")
     write_card(arguments, model, recipe, example)
     return out
 

@@ -35,7 +35,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "demo": ["CairoSVG"],
+        "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
         "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE],
     },

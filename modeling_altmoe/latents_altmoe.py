@@ -455,6 +455,11 @@ class LatentStore:
         return dict(self._contents()).get(content)
 
     @property
+    def layout(self) -> list[tuple[str, int, np.ndarray]]:
+        """For an index that outlives deletions, a shard each: `(what its file holds, rows in it, places of the deleted)`."""
+        return [(shard.file_identity.hex(), len(shard.vectors), shard.dead) for shard in self._shards]
+
+    @property
     def dataset(self) -> "Dataset":
         """All rows as a memory-mapped `datasets.Dataset` (columns `id`, `latent`, and the metadata)."""
         if not len(self):

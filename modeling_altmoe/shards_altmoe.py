@@ -241,13 +241,19 @@ class Shard:
         return len(self.vectors) - len(self.dead)
 
     @property
-    def identity(self) -> bytes:
-        """What this shard holds, in a few bytes: its name (with the digest of its bytes) and what is deleted."""
+    def file_identity(self) -> bytes:
+        """What this shard's file holds, in a few bytes: its name (with the digest of its bytes)."""
         name = self.path.name.encode()
         if SHARD_NAME.fullmatch(self.path.name)[3] is None and len(self.vectors):  # format 1: no digest in the name
             ends = self.table.column("id").take([0, len(self.vectors) - 1]).to_pylist()
             name += repr([self.path.stat().st_size, ends]).encode() + self.vectors[[0, -1]].tobytes()
-        return name + (hashlib.sha256(self.dead.astype("<u4").tobytes()).digest() if len(self.dead) else b"")
+        return name
+
+    @property
+    def identity(self) -> bytes:
+        """What this shard holds, in a few bytes: its file and what is deleted."""
+        dead = hashlib.sha256(self.dead.astype("<u4").tobytes()).digest() if len(self.dead) else b""
+        return self.file_identity + dead
 
     def places(self, rows: np.ndarray) -> np.ndarray:
         """Row numbers among the live -> places in the file."""

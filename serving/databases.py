@@ -30,6 +30,7 @@ from modeling_altmoe.scoring_altmoe import item_vectors
 from modeling_altmoe.sharing_altmoe import shareable
 
 OWN_OPTIONS = ("table", "collection", "vector", "id", "columns", "protocol")
+FEW = 1000  # items left by a condition, which are then all in the short list: a graph may miss some of them
 BATCH_BYTES = 8_000_000  # of latents in one request; Milvus refuses messages above 64 MB
 
 
@@ -152,6 +153,9 @@ class Table(Protocol):
 
     def nearest(self, vectors: np.ndarray, k: int, where: dict[str, Any] | None) -> list[list[Any]]:
         """For each vector the keys of the `k` nearest items, nearest first."""
+
+    def matching(self, where: dict[str, Any]) -> list[Any]:
+        """The keys of all items that meet the conditions."""
 
     def fetch(self, keys: list[Any], hubness: str | None, latents: bool) -> dict[Any, Row]:
         """Those items that are there; `hubness` is a column's name."""
@@ -366,15 +370,16 @@ class DatabaseBackend:
         """See `Backend`."""
         with self._lock:
             candidates = self._count(where)
-            k = min(k, candidates)
-            found = [[]] * len(vectors)
-            if k:
+            if where is not None and candidates <= max(k, FEW):
+                found = [self.table.matching(where)] * len(vectors)
+            else:
+                k = min(k, candidates)
                 found = self.table.nearest(np.ascontiguousarray(vectors, dtype=np.float32), k, where)
             keys = list(dict.fromkeys(key for row in found for key in row))
             rows = self.table.fetch(keys, self.hubness, self.store is None)
         keys = [key for key in keys if key in rows]  # without what was deleted between the two questions
         place = {key: number for number, key in enumerate(keys)}
-        places = np.full((len(found), k), -1, dtype=np.int64)
+        places = np.full((len(found), max(map(len, found), default=0)), -1, dtype=np.int64)
         for number, row in enumerate(found):
             row = [place[key] for key in row if key in place]
             places[number, : len(row)] = row

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from modeling_altmoe.sharing_altmoe import shareable
 
 OWN_OPTIONS = ("table", "collection", "vector", "id", "columns", "protocol")
 FEW = 1000  # items left by a condition, which are then all in the short list: a graph may miss some of them
+COUNTED_FOR = 60.0  # seconds
 BATCH_BYTES = 8_000_000  # of latents in one request; Milvus refuses messages above 64 MB
 
 
@@ -220,7 +222,7 @@ def ingest(
         store: the latents; memory stays flat whatever their number.
         url: see `parse_url`; the table is made if it does not exist.
         model: its hubness scalars are written for each direction into the store's modality; None: left empty.
-        directions: only these.
+        directions: only these. Scalars of other directions or models that were written before are not used any more.
         progress: show a bar.
 
     Returns:
@@ -254,8 +256,10 @@ def ingest(
                 )
         description["hubness"] = dict(table.description["hubness"])
     # until all rows have a model's scalars, none are used
-    stale = [direction for direction, name in models.items() if description["hubness"].get(direction) != name]
-    description["hubness"].update(dict.fromkeys(stale))
+    description["hubness"] = {
+        direction: name if name == models.get(direction) else None for direction, name in description["hubness"].items()
+    }
+    description["hubness"] |= dict.fromkeys(models.keys() - description["hubness"].keys())
     table.create(description)
     tag = json.dumps(models, sort_keys=True)
     counts = {"written": 0, "present": 0, "deleted": 0}
@@ -280,7 +284,7 @@ def ingest(
             bar.update(len(ids))
     if table.count() != len(store):
         for page in table.ids(10_000):
-            gone = [name for name in page if name not in store.known_ids]
+            gone = [name for name, kept in zip(page, store.has(page), strict=True) if not kept]
             table.delete(gone)
             counts["deleted"] += len(gone)
     table.finish()
@@ -349,7 +353,7 @@ class DatabaseBackend:
         kept = (table.description or {}).get("hubness", {}).get(direction)
         self.hubness = hubness_column(direction) if kept and kept == _model_identity(model, direction) else None
         self._lock = threading.Lock()  # one question at a time on one connection
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, tuple[float, int]] = {}
         if not len(self):
             raise ValueError(f"{table.address} is empty: nothing can be found in it.")
 
@@ -357,10 +361,15 @@ class DatabaseBackend:
         return self._count(None)
 
     def _count(self, where: dict[str, Any] | None) -> int:
-        known = repr(where)
-        if known not in self._counts:
-            self._counts[known] = self.table.count(where)
-        return self._counts[known]
+        """Items that meet the conditions, as of the last minute: a database counts by looking at each row."""
+        now, condition = time.monotonic(), repr(where)
+        since, count = self._counts.get(condition, (-np.inf, 0))
+        if now - since > COUNTED_FOR:
+            count = self.table.count(where)
+            if len(self._counts) > 1000:
+                self._counts.clear()
+            self._counts[condition] = (now, count)
+        return count
 
     def describe(self) -> str:
         """What kind of index this is, in a few words."""
@@ -404,13 +413,14 @@ class DatabaseBackend:
         )
 
     def _local_rows(self, ids: list[str]) -> np.ndarray:
-        try:
-            return np.asarray(self.store.rows_of(ids), dtype=np.int64)
-        except (KeyError, ValueError) as error:
+        rows = self.store.rows_of(ids)
+        if (rows < 0).any():
+            missing = [name for name, row in zip(ids, rows, strict=True) if row < 0]
             raise ValueError(
-                f"{self.table.address} holds an item that '{self.store.path}' does not ({error}): "
+                f"{self.table.address} holds items that '{self.store.path}' does not ({missing[:3]}): "
                 "run 'altmoe index' on the store again."
-            ) from error
+            )
+        return rows
 
 
 def open_database(model: AltMoEModel, store: LatentStore | None, direction: str, url: str) -> DatabaseBackend:

@@ -299,24 +299,26 @@ class PostgresTable:
                 self._compose(sql.SQL("SELECT count(*) FROM {t} WHERE {w}"), w=conditions), values
             ).fetchone()[0]
 
+    def _nearest_query(self, k: int, conditions: sql.Composable | None) -> sql.Composed:
+        """Its parameters: the conditions' values, then the vector."""
+        half = self.half and self.width <= INDEXED["halfvec"]
+        wanted = sql.SQL("%s::{}({})").format(sql.SQL("halfvec" if half else self.kind), sql.Literal(self.width))
+        return self._compose(
+            sql.SQL("SELECT {k} FROM {t} WHERE {w} ORDER BY {s} " + self.operator + " {q} LIMIT {n}"),
+            **{"w": conditions or self._where(None)[0], "s": self._searched(), "q": wanted, "n": sql.Literal(k)},
+        )
+
     def nearest(self, vectors: np.ndarray, k: int, where: dict[str, Any] | None) -> list[list[Any]]:
         """See `Table`."""
         conditions, values = self._where(where)
-        wanted = sql.SQL("%s::{}({})").format(
-            sql.SQL("halfvec" if self.half and self.width <= INDEXED["halfvec"] else self.kind), sql.Literal(self.width)
-        )
-        query = self._compose(
-            sql.SQL("SELECT {k} FROM {t} WHERE {w} ORDER BY {s} " + self.operator + " {q} LIMIT {n}"),
-            **{"w": conditions, "s": self._searched(), "q": wanted, "n": sql.Literal(k)},
-        )
+        query = self._nearest_query(k, conditions)
         settings = {"hnsw.ef_search": min(MAX_EF, 2 * k), "ivfflat.probes": max(1, 2 * math.isqrt(self.lists))}
         if self.version >= (0, 8):  # under a condition the index goes on until it has found enough
             settings |= {"hnsw.iterative_scan": "strict_order", "ivfflat.iterative_scan": "relaxed_order"}
-        exact = {"enable_indexscan": "off"}
         with self._session() as connection:
             found = self._ask(connection, query, settings, vectors, values)
             if min(map(len, found)) < k:  # an index may miss what a rare condition leaves: look at every row
-                found = self._ask(connection, query, exact, vectors, values)
+                found = self._ask(connection, query, {"enable_indexscan": "off"}, vectors, values)
         return found
 
     @staticmethod

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
+SERVE = ["fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "prometheus-client", "soundfile", "soxr"]
 
 setup(
     name="altmoe",
@@ -14,7 +15,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_altmoe", "trainer", "trainer.metrics", "trainer.metrics.cross_modal_retrieval", "model_cards"],
+    packages=[
+        "modeling_altmoe",
+        "trainer",
+        "trainer.metrics",
+        "trainer.metrics.cross_modal_retrieval",
+        "model_cards",
+        "serving",
+    ],
     package_data={"model_cards": ["*.md", "recipes/*.yaml", "endpoint/*", "space/*"]},
     install_requires=[
         "torch>=2.11",
@@ -35,9 +43,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "demo": ["CairoSVG"],
+        "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
-        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE],
+        "serve": SERVE,
+        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE, *SERVE],
     },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},
 )

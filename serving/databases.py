@@ -16,6 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -168,6 +169,9 @@ class Table(Protocol):
     def ids(self, rows: int) -> Iterator[list[str]]:
         """All ids, a page at a time."""
 
+    def close(self) -> None:
+        """End the connection."""
+
 
 def open_table(url: str | Address) -> Table:
     """Connect; the table need not exist yet (its `description` and `width` are None then).
@@ -238,15 +242,51 @@ def ingest(
         _, target = model.config.resolve(direction)
         store.check(target, model.config.encoders[target])
     models = {direction: _model_identity(model, direction) for direction in directions or ()}
-    table = open_table(url)
-    if table.width is not None and table.description is None:
-        raise ValueError(
-            f"{table.address} exists and was not made by altmoe: it is searched as it is, not written to. "
-            "Choose another name, or import it with 'altmoe import'."
-        )
+    with closing(open_table(url)) as table:
+        description = _description_for(store, table, models)
+        table.create(description)
+        counts = {"written": 0, "present": 0, "deleted": 0}
+        tag = json.dumps(models, sort_keys=True)
+        with tqdm(total=len(store), desc=f"to {table.address.scheme}", unit="row", disable=not progress) as bar:
+            for ids, latents, columns in store.batches(max(1, BATCH_BYTES // (4 * store.latent_size))):
+                vectors = np.ascontiguousarray(latents, dtype=np.float32)
+                values = list(zip(*(columns[name] for name in store.columns), strict=True)) or [()] * len(ids)
+                digests = [_digest(*item, tag) for item in zip(vectors, values, strict=True)]
+                there = table.digests(ids)
+                new = [place for place, name in enumerate(ids) if there.get(name) != digests[place]]
+                rows = [
+                    {"id": ids[place], "latent": vectors[place], "altmoe_digest": digests[place]}
+                    | dict(zip(store.columns, values[place], strict=True))
+                    for place in new
+                ]
+                for direction in models if new else ():
+                    for row, scalar in zip(rows, _hubness(model, direction, vectors[new]), strict=True):
+                        row[hubness_column(direction)] = float(scalar)
+                table.write(rows)
+                counts["written"] += len(new)
+                counts["present"] += len(ids) - len(new)
+                bar.update(len(ids))
+        if table.count() != len(store):
+            for page in table.ids(10_000):
+                gone = [name for name, kept in zip(page, store.has(page), strict=True) if not kept]
+                table.delete(gone)
+                counts["deleted"] += len(gone)
+        table.finish()
+        table.describe({**description, "hubness": description["hubness"] | models})
+        return {**counts, "rows": table.count()}
+
+
+def _description_for(store: LatentStore, table: Table, models: dict[str, str]) -> dict[str, Any]:
+    """What the table is to hold. Hubness scalars of other models are not used any more, and those of these models not
+    before all rows have them."""
     fields = ("modality", "encoder", "columns", "dtype")
     description = {"altmoe": 1, **{name: shareable(store.description)[name] for name in fields}, "hubness": {}}
-    if table.description is not None:
+    if table.width is not None:
+        if table.description is None:
+            raise ValueError(
+                f"{table.address} exists and was not made by altmoe: it is searched as it is, not written to. "
+                "Choose another name, or import it with 'altmoe import'."
+            )
         Description(table).check(store.modality, store.encoder)
         for name in ("columns", "dtype"):
             if table.description[name] != description[name]:
@@ -254,43 +294,10 @@ def ingest(
                     f"{table.address} was made with {name}={table.description[name]}, the store has "
                     f"{description[name]}. Choose another name, or delete it there."
                 )
-        description["hubness"] = dict(table.description["hubness"])
-    # until all rows have a model's scalars, none are used
-    description["hubness"] = {
-        direction: name if name == models.get(direction) else None for direction, name in description["hubness"].items()
-    }
-    description["hubness"] |= dict.fromkeys(models.keys() - description["hubness"].keys())
-    table.create(description)
-    tag = json.dumps(models, sort_keys=True)
-    counts = {"written": 0, "present": 0, "deleted": 0}
-    with tqdm(total=len(store), desc=f"to {table.address.scheme}", unit="row", disable=not progress) as bar:
-        for ids, latents, columns in store.batches(max(1, BATCH_BYTES // (4 * store.latent_size))):
-            rows = np.ascontiguousarray(latents, dtype=np.float32)
-            values = list(zip(*(columns[name] for name in store.columns), strict=True)) or [()] * len(ids)
-            digests = [_digest(*item, tag) for item in zip(rows, values, strict=True)]
-            there = table.digests(ids)
-            new = [place for place, name in enumerate(ids) if there.get(name) != digests[place]]
-            scalars = {hubness_column(d): _hubness(model, d, rows[new]) for d in models} if new else {}
-            table.write(
-                [
-                    {"id": ids[place], "latent": rows[place], "altmoe_digest": digests[place]}
-                    | dict(zip(store.columns, values[place], strict=True))
-                    | {name: float(scalar[number]) for name, scalar in scalars.items()}
-                    for number, place in enumerate(new)
-                ]
-            )
-            counts["written"] += len(new)
-            counts["present"] += len(ids) - len(new)
-            bar.update(len(ids))
-    if table.count() != len(store):
-        for page in table.ids(10_000):
-            gone = [name for name, kept in zip(page, store.has(page), strict=True) if not kept]
-            table.delete(gone)
-            counts["deleted"] += len(gone)
-    table.finish()
-    description["hubness"].update(models)
-    table.describe(description)
-    return {**counts, "rows": table.count()}
+        there = table.description["hubness"]
+        description["hubness"] = {d: name if name == models.get(d) else None for d, name in there.items()}
+    description["hubness"] = dict.fromkeys(models) | description["hubness"]
+    return description
 
 
 def _hubness(model: AltMoEModel, direction: str, latents: np.ndarray) -> np.ndarray:

@@ -99,6 +99,10 @@ class MilvusTable:
                 kind = ConnectionError
             raise kind(f"{self.address}: {message}") from None
 
+    def close(self) -> None:
+        """See `Table`."""
+        self.client.close()
+
     # ---------------------------------------------------------------- what is there
 
     def _look(self) -> None:

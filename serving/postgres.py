@@ -77,6 +77,11 @@ class PostgresTable:
         self.version = tuple(int(part) for part in found[0].split(".")[:2])
         register_vector(connection)
 
+    def close(self) -> None:
+        """See `Table`."""
+        if self._connection is not None:
+            self._connection.close()
+
     # ---------------------------------------------------------------- what is there
 
     def _look(self) -> None:

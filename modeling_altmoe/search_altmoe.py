@@ -61,7 +61,7 @@ class LatentIndex:
         store: latents of the direction's target, under the model's protocol.
         direction: e.g. `"text->image"`.
         backend: a [`Backend`], or what `open_index` takes for one in this process: `"auto"`, `"exact"`, a FAISS factory string.
-        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 100.
+        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 400.
         rebuild: make an index in memory where those that are kept beside the store do not fit.
         recall: of the ten best, to be reached by an approximate index that is made.
 
@@ -129,7 +129,7 @@ class LatentIndex:
             places, scores = found.places, found.scores
         else:
             coarse = F.normalize(queries[:, : self.store.latent_size], dim=-1)
-            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 100), wanted), where)
+            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 400), wanted), where)
             places, scores = self._rank_again(queries, found)
         rows = [None] * len(found.ids) if found.rows is None else found.rows.tolist()
         results = [
@@ -167,16 +167,18 @@ class LatentIndex:
         return places.gather(1, order).numpy(), scores.numpy()
 
 
-def open_index(model: AltMoEModel, store: LatentStore, direction: str, index: str = "auto", **options) -> LatentIndex:
+def open_index(
+    model: AltMoEModel, store: LatentStore | None, direction: str, index: str = "auto", **options
+) -> LatentIndex:
     """What can be found in a store, by the name of an index.
 
     Args:
         model: an [`AltMoEModel`] with the direction.
-        store: latents of the direction's target, under the model's protocol.
+        store: latents of the direction's target, under the model's protocol; None where a database holds everything.
         direction: e.g. `"text->image"`.
         index: `"auto"` (exact for a small store, approximate for a large one), `"exact"`, a FAISS factory string, or the
             address of a database: `milvus://...`, `postgresql://...`.
-        options: as in `LatentIndex`, or of the database's adapter.
+        options: as in `LatentIndex`.
 
     Raises:
         ImportError: what the index needs is not installed.
@@ -184,10 +186,11 @@ def open_index(model: AltMoEModel, store: LatentStore, direction: str, index: st
     """
     if "://" in index:
         try:  # by name: the service's code does not travel with a checkpoint
-            serving = importlib.import_module("serving")
+            databases = importlib.import_module("serving.databases")
         except ImportError as error:
             raise ImportError(f"'{index}' is a database, which needs the altmoe package installed.") from error
-        return LatentIndex(model, store, direction, serving.open_database(model, store, direction, index, **options))
+        backend = databases.open_database(model, store, direction, index)
+        return LatentIndex(model, backend.description if store is None else store, direction, backend, **options)
     return LatentIndex(model, store, direction, index, **options)
 
 

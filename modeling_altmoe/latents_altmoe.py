@@ -420,6 +420,11 @@ class LatentStore:
         return self.description.get("generation", 0)
 
     @property
+    def deleted(self) -> int:
+        """How many deleted rows still lie on the disk."""
+        return sum(len(shard.dead) for shard in self._shards)
+
+    @property
     def shards(self) -> list[Path]:
         """The shard files, in order."""
         return [shard.path for shard in self._shards]
@@ -578,7 +583,7 @@ class LatentStore:
         """
         if not len(self):
             raise ValueError(f"'{self.path}' is empty: nothing to push. Call flush() after append().")
-        if any(len(shard.dead) for shard in self._shards):
+        if self.deleted:
             raise ValueError(
                 f"'{self.path}' still holds deleted rows, which would be sent as well: call compact() first."
             )

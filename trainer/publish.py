@@ -19,8 +19,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import model_cards
 from modeling_altmoe import AltMoEModel, AltMoEProcessor
 from modeling_altmoe.sharing_altmoe import on_hub, refuse_local_encoders
-from trainer.encode import open_data
 from trainer.evaluate import read_run, table
+from trainer.items import open_data
 from trainer.measuring import modality_pairs
 from trainer.pairs import LatentPairs
 from trainer.plotting import pyplot

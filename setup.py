@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
-SERVE = ["fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "prometheus-client", "soundfile", "soxr"]
+SERVE = ["fastapi", "uvicorn", "httptools", "python-multipart", "prometheus-client", "soundfile", "soxr"]
 
 setup(
     name="altmoe",

@@ -43,7 +43,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "demo": ["CairoSVG"],
+        "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
         "serve": SERVE,
         "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE, *SERVE],

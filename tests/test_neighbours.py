@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from test_pipelines import CAPTIONS, join, pictures_of, sounds, tiny_ast
 from transformers import ASTFeatureExtractor, pipeline
 
-from modeling_altmoe import AltMoEProcessor
+from modeling_altmoe import AltMoEModel, AltMoEProcessor
 from modeling_altmoe.scoring_altmoe import Postprocessing, score_matrix
 from modeling_altmoe.sentence_altmoe import AltMoEEmbedder, joint_space
 
@@ -127,6 +127,20 @@ def test_one_direction_alone_is_its_own_cosine(processors, direction):
     torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_with_lora_the_source_is_adapted_and_the_target_is_not(encoder_folders, processors):
+    lora = {"text": LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)}
+    model = AltMoEModel.from_encoders(encoder_folders, lora=lora, hidden_size=16, base="none").eval()
+    own = AltMoEProcessor({"image": processors["image"], "text": processors["text"]})
+    embedder = AltMoEEmbedder(model, own)
+    inputs = own.batch("text", CAPTIONS)
+    plain, adapted = model.encode("text", inputs), model.encode("text", inputs, adapted=True)
+    assert not torch.allclose(plain, adapted)
+    there = model.queries("text->image", adapted).detach()  # scales were never measured: both blocks count the same
+    expected = torch.cat([model.gallery("image->text", plain), there], dim=1) / 2**0.5
+    found = SentenceTransformer(modules=[embedder], device="cpu").encode(CAPTIONS, convert_to_tensor=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_mistakes_are_named(two, processors):
     with pytest.raises(ValueError, match="Encode each modality separately"):
         two.encode(["a cat", pictures_of()[0]])
@@ -156,7 +170,7 @@ def test_mistakes_are_named(two, processors):
 FRESH = """
 import json, sys
 sys.modules["modeling_altmoe"] = None  # importing it fails
-from PIL import Image
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 vectors = []
 for name in sys.argv[1:]:

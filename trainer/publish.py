@@ -104,7 +104,7 @@ def write_card(arguments: PublishArguments, model: AltMoEModel, recipe: dict, ex
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification" if {"image", "text"} <= set(model.config.encoders) else None,
         license=arguments.license,
-        tags=["altmoe", "mixture-of-experts", "cross-modal-retrieval", *model.config.modalities],
+        tags=["altmoe", "mixture-of-experts", "cross-modal-retrieval", "sentence-transformers", *model.config.modalities],
         base_model=on_hub or None,
         base_model_relation="adapter" if on_hub else None,
         model_name=name,

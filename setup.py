@@ -6,6 +6,7 @@ from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
 NEIGHBOURS = ["sentence-transformers>=6", "mteb>=2.26"]
+SERVE = ["fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "prometheus-client", "soundfile", "soxr"]
 
 setup(
     name="altmoe",
@@ -15,7 +16,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_altmoe", "trainer", "trainer.metrics", "trainer.metrics.cross_modal_retrieval", "model_cards"],
+    packages=[
+        "modeling_altmoe",
+        "trainer",
+        "trainer.metrics",
+        "trainer.metrics.cross_modal_retrieval",
+        "model_cards",
+        "serving",
+    ],
     package_data={"model_cards": ["*.md", "recipes/*.yaml", "endpoint/*", "space/*"]},
     install_requires=[
         "torch>=2.11",
@@ -36,10 +44,11 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "demo": ["CairoSVG"],
+        "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
+        "serve": SERVE,
         "neighbours": NEIGHBOURS,
-        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE, *NEIGHBOURS],
+        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE, *SERVE, *NEIGHBOURS],
     },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},
 )

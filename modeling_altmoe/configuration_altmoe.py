@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-MODALITY_NAME = re.compile(r"^[a-z][a-z0-9_]*$")
+MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
 def parse_direction(direction: str) -> tuple[tuple[str, ...], str]:
@@ -58,7 +58,7 @@ class AltMoEConfig(PreTrainedConfig):
             One entry a modality: `latent_size` (int, required), `name_or_path` and `revision` (where the encoder comes
             from; absent for vectors whose encoder is not at hand), `config` (the encoder's own configuration as a
             dictionary), `protocol` (a `LatentProtocol` as a dictionary), `lora` (a `LoraConfig` as a dictionary, or
-            absent), `self_contained` (the encoder's weights lie in this checkpoint).
+            absent), `self_contained` (the encoder's weights lie in this checkpoint), `weights` (their hash).
         directions (`list[str]`):
             What is predicted from what, e.g. `["image->text", "text->image"]`.
         hidden_size (`int`): width of the connector (a multiple of 8, as grouped matrix products require).
@@ -126,6 +126,13 @@ class AltMoEConfig(PreTrainedConfig):
         self.scoring = dict(self.scoring or {})
         self._check()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers; `encoders=` given to `AutoModel.from_pretrained` is the model's argument, not a field."""
+        given = {"encoders": kwargs.pop("encoders")} if "encoders" in kwargs else {}
+        result = super().from_dict(config_dict, **kwargs)
+        return (result[0], {**result[1], **given}) if kwargs.get("return_unused_kwargs") else result
 
     def _check(self) -> None:
         for modality, spec in self.encoders.items():

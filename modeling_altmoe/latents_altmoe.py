@@ -318,6 +318,23 @@ class LatentStore:
             result[here] = self._views[number][rows[here] - start]
         return torch.from_numpy(result)
 
+    def id_of(self, row: int) -> str:
+        """The id of one row."""
+        return self._cell("id", row)
+
+    def columns_of(self, row: int) -> dict:
+        """The metadata of one row, read from disk now."""
+        return {name: self._cell(name, row) for name in self.columns}
+
+    def _cell(self, name: str, row: int):
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return self._tables[shard].column(name)[row - (self._ends[shard] - len(self._views[shard]))].as_py()
+
+    @property
+    def tables(self) -> "list[pa.Table]":
+        """All rows in order, memory-mapped."""
+        return self._tables
+
     def latents(self) -> torch.Tensor:
         """All latents, `(n, latent_size)` float32, in memory."""
         return self.take(np.arange(len(self)))

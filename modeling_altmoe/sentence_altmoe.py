@@ -142,8 +142,7 @@ class AltMoEEmbedder(nn.Module):
 
     def save(self, output_path: str, *args, **kwargs) -> None:
         """Save model, code and processor; encoders go along if they came along."""
-        own = any(entry.get("self_contained") for entry in self.model.config.encoders.values())
-        self.model.save_pretrained(output_path, self_contained=own)
+        self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
 
     # ---------------------------------------------------------------- the joint space

@@ -21,29 +21,40 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 SCRATCH = (".lock", "*.tmp", "*.lock", "__pycache__/*", "*/__pycache__/*", ".cache/*", ".git/*", "checkpoint-*/*")
 
 
-def is_local(name: str | None) -> bool:
-    """Whether an encoder's name only means something on this machine."""
-    return bool(name) and (os.path.isdir(name) or os.path.isabs(name))
+def on_hub(entry: dict[str, Any]) -> bool:
+    """Whether others can load an encoder by its name: a Hub name at a pinned revision. Any other name is a folder here."""
+    return bool(entry.get("name_or_path") and entry.get("revision"))
+
+
+def without_paths(entry: dict[str, Any]) -> dict[str, Any]:
+    """An encoder's entry (of `AltMoEConfig.encoders` or of a store) as others may see it: no folder of this machine."""
+    entry = dict(entry)
+    if "name_or_path" in entry and not on_hub(entry):
+        entry["name_or_path"] = None
+    if entry.get("config"):
+        entry["config"] = {key: value for key, value in entry["config"].items() if key != "_name_or_path"}
+    return entry
 
 
 def refuse_local_encoders(entries: dict[str, dict[str, Any]]) -> None:
-    """Raise if another machine could not load an encoder.
+    """Raise if another machine could not load an encoder: it neither goes along nor has a Hub name.
 
     Args:
-        entries: `AltMoEConfig.encoders`.
+        entries: `AltMoEConfig.encoders`; those without `config` and name are vectors only, and pass.
 
     Raises:
         ValueError: naming the encoders and what to do.
     """
     local = {
-        modality: entry["name_or_path"]
+        modality: entry.get("name_or_path") or "a model in memory"
         for modality, entry in entries.items()
-        if not entry.get("self_contained") and is_local(entry.get("name_or_path"))
+        if (entry.get("config") or entry.get("name_or_path")) and not entry.get("self_contained") and not on_hub(entry)
     }
     if local:
         raise ValueError(
             f"These encoders lie on this machine only: {local}. Others could not load the model. Push it with "
-            "self_contained=True (`altmoe publish --self_contained`), or push the encoders and use their Hub names."
+            "self_contained=True (`altmoe publish --self_contained`), or push the encoders and load the model with "
+            "their Hub names first: AltMoEModel.from_pretrained(folder, encoders={modality: name})."
         )
 
 
@@ -124,10 +135,7 @@ def push_folder(
 
 def shareable(description: dict[str, Any]) -> dict[str, Any]:
     """A store's description without names of folders on this machine; the protocol says what made the latents."""
-    encoder = dict(description["encoder"])
-    if is_local(encoder.get("name_or_path")):
-        encoder["name_or_path"] = None
-    return {**description, "encoder": encoder}
+    return {**description, "encoder": without_paths(description["encoder"])}
 
 
 STORE_CARD = """---
@@ -162,8 +170,8 @@ def store_card(store, repo_id: str, license: str | None = None) -> str:
     from huggingface_hub import DatasetCardData
 
     entry = store.encoder
-    local = is_local(entry.get("name_or_path"))
-    encoder = os.path.basename(entry["name_or_path"]) if local else (entry.get("name_or_path") or "a model in memory")
+    name = entry.get("name_or_path") or "a model in memory"
+    encoder = name if on_hub(entry) else os.path.basename(name)
     data = DatasetCardData(
         license=license,
         tags=["altmoe", "embeddings", store.modality],

@@ -340,7 +340,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not (repository := self.repository(kind, name)):
             return
         if repository.gated and self.token != WRITE:
-            return self.fail(403, "GatedRepo", "Access to this resource is restricted")
+            return self.fail(403 if self.token else 401, "GatedRepo", "Access to this resource is restricted")
         sha = repository.find(revision)
         if sha is None:
             return self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")

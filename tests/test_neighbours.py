@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_bert, tiny_processors, tiny_vit
 from hub_server import Hub, Repository
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from test_pipelines import CAPTIONS, join, pictures_of, sounds, tiny_ast
 from transformers import ASTFeatureExtractor, pipeline

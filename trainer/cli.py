@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a connector on stored latents (a recipe and flags)",
     "evaluate": "measure a trained connector on held-out pairs, beside simpler methods",
     "search": "search a LatentStore with a text, a picture or a sound",
+    "serve": "answer searches over HTTP",
     "publish": "write a folder that is ready for the Hub: weights, code, card, examples",
     "push": "send a published model, a LatentStore or a search page to the Hub",
 }
@@ -49,8 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
             from trainer.train import main as train
 
             train(rest)
-        elif name in ("search", "push"):
-            command = importlib.import_module(f"trainer.{name}")
+        elif name in ("search", "push", "serve"):
+            command = importlib.import_module(f"{'serving' if name == 'serve' else 'trainer'}.{name}")
             parser = argparse.ArgumentParser(prog=f"altmoe {name}", description=COMMANDS[name], allow_abbrev=False)
             command.add_arguments(parser)
             command.main(parser.parse_args(rest))

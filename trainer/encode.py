@@ -5,7 +5,6 @@ or folder). Goes out: a store that can be continued after any interruption. A ba
 skipped and counted; with `--strict` it ends the run.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,8 +138,7 @@ def encode(arguments: EncodeArguments) -> dict:
     )
     hub_kwargs = {"revision": commit} if commit else {}
     own = load_processor(arguments.encoder, encoder.main_input_name, **hub_kwargs)
-    name = os.path.abspath(arguments.encoder) if os.path.isdir(arguments.encoder) else arguments.encoder
-    entry = describe_encoder(encoder, name, commit, fields, own)
+    entry = describe_encoder(encoder, arguments.encoder, commit, fields, own)
     processor = AltMoEProcessor({arguments.modality: own}, {arguments.modality: arguments.prompt})
     for feature in (Image, Audio):  # decode item by item, so that one bad file does not end the run
         if isinstance(data.features[column], feature):

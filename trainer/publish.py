@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import model_cards
 from modeling_altmoe import AltMoEModel, AltMoEProcessor
+from modeling_altmoe.sharing_altmoe import on_hub, refuse_local_encoders
 from trainer.encode import open_data
 from trainer.evaluate import read_run, table
 from trainer.measuring import modality_pairs
@@ -58,7 +59,7 @@ def _encoder_rows(model: AltMoEModel) -> list[dict]:
     for modality, entry in model.config.encoders.items():
         protocol = model.protocol(modality)
         given = entry.get("name_or_path")
-        local = given and os.path.isdir(given)
+        local = given and not on_hub(entry)
         licence = front_matter(given).get("license", "unknown") if local else "see its repository"
         name = Path(given).name if local else (given or "vectors only")
         latent = f"{entry['latent_size']}-d, {protocol.pooling} pooling" + (", L2" if protocol.normalize else "")
@@ -104,7 +105,13 @@ def write_card(arguments: PublishArguments, model: AltMoEModel, recipe: dict, ex
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification" if {"image", "text"} <= set(model.config.encoders) else None,
         license=arguments.license,
-        tags=["altmoe", "mixture-of-experts", "cross-modal-retrieval", "sentence-transformers", *model.config.modalities],
+        tags=[
+            "altmoe",
+            "sentence-transformers",
+            "mixture-of-experts",
+            "cross-modal-retrieval",
+            *model.config.modalities,
+        ],
         base_model=on_hub or None,
         base_model_relation="adapter" if on_hub else None,
         model_name=name,
@@ -227,10 +234,12 @@ def publish(arguments: PublishArguments) -> Path:
 
     Raises:
         FileNotFoundError: the run has no recipe or no model.
-        ValueError: `self_contained` with encoders that are not at hand.
+        ValueError: `self_contained` with encoders that are not at hand, or without it encoders that only this machine has.
     """
     recipe = read_run(arguments.run)
     model = AltMoEModel.from_pretrained(arguments.run, load_encoders=arguments.self_contained)
+    if not arguments.self_contained:
+        refuse_local_encoders(model.config.encoders)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, self_contained=arguments.self_contained)

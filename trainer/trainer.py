@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy, speed_metrics
 
 from modeling_altmoe.attaching_altmoe import load_lora
 from modeling_altmoe.configuration_altmoe import unknown_name_message
-from modeling_altmoe.sharing_altmoe import PICKLES, is_local, refuse_local_encoders
+from modeling_altmoe.sharing_altmoe import PICKLES, on_hub, refuse_local_encoders
 from trainer.arguments import AltMoEArguments
 from trainer.measuring import evaluate_pairs
 from trainer.pairs import LatentPairs
@@ -274,9 +274,8 @@ class AltMoETrainer(Trainer):
         place = Path(self.args.output_dir) / "README.md"
         card = ModelCard.load(place)
         encoders = self.accelerator.unwrap_model(self.model).config.encoders
-        names = [e["name_or_path"] for e in encoders.values() if e.get("name_or_path")]
         card.data.library_name = "transformers"
-        card.data.base_model = [name for name in names if not is_local(name)] or None
+        card.data.base_model = [entry["name_or_path"] for entry in encoders.values() if on_hub(entry)] or None
         if card.data.base_model:
             card.data.base_model_relation = "adapter"
         if {"image", "text"} <= set(encoders):

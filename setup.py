@@ -6,7 +6,7 @@ from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
 NEIGHBOURS = ["sentence-transformers>=6", "mteb>=2.26"]
-SERVE = ["fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "prometheus-client", "soundfile", "soxr"]
+SERVE = ["fastapi", "uvicorn", "httptools", "python-multipart", "prometheus-client", "soundfile", "soxr"]
 
 setup(
     name="altmoe",

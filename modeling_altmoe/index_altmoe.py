@@ -35,12 +35,6 @@ def open_local(model, store, direction: str, index: str = "auto") -> "ExactBacke
     return ExactBackend(model, store, direction)
 
 
-def matching_rows(store, where: dict[str, Any]) -> np.ndarray:
-    """Rows of the store that meet (checked) conditions, in order."""
-    kept = [rows_where(table, where) for table in store.tables]
-    return np.flatnonzero(np.concatenate(kept))
-
-
 class ExactBackend:
     """All whole item vectors in memory: the both-direction score with its hubness correction is one inner product (see
     `scoring_altmoe`), so one pass finds it exactly."""
@@ -69,7 +63,7 @@ class ExactBackend:
         """See `search_altmoe.Backend`."""
         candidates, parameters = len(self), None
         if where is not None:
-            matching = matching_rows(self.store, where)
+            matching = rows_where(self.store, where)
             candidates = len(matching)
             parameters = faiss.SearchParameters(sel=faiss.IDSelectorBatch(matching))
         scores, rows = self.index.search(np.ascontiguousarray(vectors), max(1, min(k, candidates)), params=parameters)

@@ -98,7 +98,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         finally:
             self.config.encoders = before_saving
         if kwargs.get("is_main_process", True):
-            save_encoder_parts(self.encoders, save_directory, [m for m, e in entries.items() if e["self_contained"]])
+            save_encoder_parts(self.encoders, entries, save_directory)
             if self._auto_class is not None:  # code is saved
                 write_sentence_files(save_directory)
             if push_to_hub:

@@ -97,11 +97,15 @@ def parse_where(conditions: list[str], columns: dict[str, str]) -> dict[str, Any
     return check_where({**single, **compared}, columns)
 
 
-def rows_where(table: "pa.Table", where: dict[str, Any]) -> np.ndarray:
-    """Which rows of a table with these columns meet all conditions, `(rows,)` bool. A missing value meets none."""
-    keep = np.ones(len(table), dtype=bool)
+def rows_where(store, where: dict[str, Any]) -> np.ndarray:
+    """Rows of a store that meet all (checked) conditions, `(found,)` int64 in order. A missing value meets none.
+
+    Args:
+        store: a LatentStore; its columns are read where they lie, memory-mapped.
+    """
+    keep = np.ones(len(store), dtype=bool)
     for column, condition in where.items():
-        values = table.column(column)
+        values = store.arrow(column)
         if isinstance(condition, dict):
             found = [getattr(pc, COMPARISONS[name])(values, pa.scalar(v, values.type)) for name, v in condition.items()]
         elif isinstance(condition, list):
@@ -110,4 +114,4 @@ def rows_where(table: "pa.Table", where: dict[str, Any]) -> np.ndarray:
             found = [pc.equal(values, pa.scalar(condition, values.type))]
         for meets in found:
             keep &= pc.fill_null(meets, False).to_numpy()
-    return keep
+    return np.flatnonzero(keep)

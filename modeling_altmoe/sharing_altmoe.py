@@ -19,7 +19,18 @@ except ImportError:
     TransportError = ConnectionError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
-SCRATCH = (".lock", "*.tmp", "*.lock", "__pycache__/*", "*/__pycache__/*", ".cache/*", ".git/*", "checkpoint-*/*")
+SCRATCH = (
+    ".lock*",
+    ".ids/*",
+    "index/*",
+    "*.tmp",
+    "*.lock",
+    "__pycache__/*",
+    "*/__pycache__/*",
+    ".cache/*",
+    ".git/*",
+    "checkpoint-*/*",
+)
 
 
 def on_hub(entry: dict[str, Any]) -> bool:

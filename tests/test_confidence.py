@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import small_model
 
 from modeling_altmoe.confidence_altmoe import SHORT_LIST, Calibration, score_features
 from trainer.confidence import answers, fit_calibration, measure_confidence
+from trainer.fitting import fit_bases, fit_frames
+from trainer.measuring import fit_scoring, held_out_scores
+from trainer.pairs import LatentPairs
 
 
 def world(queries=400, items=300, signal=2.5, seed=0):
@@ -19,7 +23,7 @@ def world(queries=400, items=300, signal=2.5, seed=0):
 
 
 def test_confidence_is_calibrated_and_sees_absence_on_fresh_data():
-    calibration = fit_calibration(*world(seed=0))
+    calibration = fit_calibration([world(seed=0)])
     figures = measure_confidence(calibration, *world(seed=1))
     assert figures["calibration_error"] < 0.05
     assert figures["auroc"] > 0.6
@@ -30,19 +34,19 @@ def test_confidence_is_calibrated_and_sees_absence_on_fresh_data():
 
 
 def test_calibration_holds_in_a_larger_collection():
-    calibration = fit_calibration(*world(queries=300, items=150))
+    calibration = fit_calibration([world(queries=300, items=150)])
     figures = measure_confidence(calibration, *world(queries=400, items=1200, seed=3))
     assert figures["calibration_error"] < 0.08
 
 
 def test_a_higher_precision_asks_for_more_confidence():
-    thresholds = [fit_calibration(*world(), target_precision=target).threshold for target in (0.3, 0.5, 0.8)]
+    thresholds = [fit_calibration([world()], target_precision=target).threshold for target in (0.3, 0.5, 0.8)]
     assert thresholds == sorted(thresholds) and thresholds[0] < thresholds[2]
 
 
 def test_one_query_knows_nothing_of_others_and_order_of_items_does_not_matter():
     scores, relevant = world(queries=20)
-    calibration = fit_calibration(scores, relevant)
+    calibration = fit_calibration([(scores, relevant)])
     top = scores.topk(SHORT_LIST, dim=1).values
     together = calibration.confidence(top, 300)
     alone = torch.cat([calibration.confidence(row[None], 300) for row in top])
@@ -80,9 +84,52 @@ def test_all_matches_of_a_query_are_removed():
 
 
 def test_settings_survive_json_and_bad_ones_are_named():
-    calibration = fit_calibration(*world())
+    calibration = fit_calibration([world()])
     assert Calibration(**calibration.as_dict()) == calibration
     with pytest.raises(ValueError, match="target_precision"):
-        fit_calibration(*world(), target_precision=1.0)
+        fit_calibration([world()], target_precision=1.0)
     with pytest.raises(ValueError, match="at least 4 items"):
         answers(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+
+
+def test_caution_asks_for_more_confidence_and_less_the_more_queries_there_are():
+    few, many = world(queries=60, items=60), world(queries=3000, items=60)
+    gaps = []
+    for table in (few, many):
+        plain, careful = (fit_calibration([table], 0.5, caution=caution).threshold for caution in (0.0, 1.0))
+        assert careful >= plain
+        gaps.append(careful - plain)
+    assert gaps[1] < gaps[0]
+    with pytest.raises(ValueError, match="caution"):
+        fit_calibration([few], caution=-1.0)
+
+
+def test_several_collections_count_together_and_the_ceiling_of_auroc_is_said():
+    calibration = fit_calibration(world(queries=100, items=100, seed=seed) for seed in range(4))
+    figures = measure_confidence(calibration, *world(seed=9))
+    assert figures["calibration_error"] < 0.06
+    assert figures["auroc"] < figures["auroc_ceiling"] < 1 and figures["auroc_right"] > 0.8
+    with pytest.raises(ValueError, match="at least one table"):
+        fit_calibration([])
+
+
+def test_held_out_scores_are_not_fooled_by_what_the_closed_form_has_learnt_by_heart():
+    rows = 60
+    generator = torch.Generator().manual_seed(0)
+    latents = {m: torch.randn(rows, size, generator=generator) for m, size in (("image", 24), ("text", 16))}
+    keys = [f"k{i}" for i in range(rows)]
+    model = small_model(base="kernel")
+    pairs = LatentPairs(latents, {m: keys for m in latents}, model.directions)
+    fit_frames(model, pairs)
+    held_out = {}
+    fit_bases(model, pairs, progress=False, held_out=held_out)
+    model.eval()
+    model.connector.trust.zero_()
+    fit_scoring(model, pairs, pairs, held_out=held_out)
+    for direction in model.directions:
+        seen = 0
+        for scores, matches in held_out_scores(model, pairs, direction, held_out):
+            assert matches.sum() == len(matches) == rows / 5  # whole folds, each row with its one match
+            seen += float(matches.gather(1, scores.argmax(1, keepdim=True)).float().sum())
+        assert seen / rows < 0.3  # there is nothing to find: chance is 0.08
+        assert model.calibration(direction).confidence(torch.tensor([[5.0, 1.0, 1.0]]), 12) < 1

@@ -1,9 +1,11 @@
-"""Calibrating confidence on validation, and measuring it: coverage against precision.
+"""Calibrating confidence, and measuring it: coverage against precision.
 
-In: a table of scores with its true matches. Out: a [`Calibration`], and figures that say how far it can be trusted. Every
+In: tables of scores with their true matches, of items that what scored them was not fitted on (`trainer.measuring`: the
+training rows out of fold, or validation). Out: a [`Calibration`], and figures that say how far it can be trusted. Every
 query appears twice, once with its matches in the collection and once with them removed: then nothing can be found.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from modeling_altmoe.confidence_altmoe import SHORT_LIST, Calibration, score_features
 
-SHARES = (1.0, 0.5, 0.25)  # parts of the validation collection, so that the fit sees what its size does
+SHARES = (1.0, 0.5, 0.25)  # parts of the collection, so that the fit sees what its size does
 
 
 @dataclass
@@ -30,6 +32,15 @@ class Answers:
     right: Tensor
     present: Tensor
     sizes: Tensor
+
+    @classmethod
+    def join(cls, parts: list["Answers"]) -> "Answers":
+        """All of several collections' answers; score lists are cut to the shortest."""
+        width = min(part.top_scores.shape[1] for part in parts)
+        top_scores = torch.cat([part.top_scores[:, :width] for part in parts])
+        return cls(
+            top_scores, *(torch.cat([getattr(p, name) for p in parts]) for name in ("right", "present", "sizes"))
+        )
 
     def features(self) -> Tensor:
         """`(n, 4)`, see `score_features`."""
@@ -81,24 +92,34 @@ def answers(scores: Tensor, relevant: Tensor, shares=(1.0,), seed: int = 0) -> A
 
 
 def fit_calibration(
-    scores: Tensor, relevant: Tensor, target_precision: float = 0.5, penalty: float = 1.0, seed: int = 0
+    tables: Iterable[tuple[Tensor, Tensor]],
+    target_precision: float = 0.5,
+    caution: float = 0.0,
+    penalty: float = 1.0,
+    seed: int = 0,
 ) -> Calibration:
-    """Logistic regression of "the first result is right" on validation, and a threshold for a precision.
+    """Logistic regression of "the first result is right", and a threshold for a precision.
 
     Args:
-        scores: `(queries, items)` of validation, post-processed as in search.
-        relevant: boolean, same shape.
+        tables: `(scores, relevant)` of one or more collections, each `(queries, items)`, post-processed as in search.
         target_precision: the lowest confidence is chosen at and above which this share is right. Where no threshold
             reaches it, the one with the highest precision that still answers a tenth of what the lowest would.
+        caution: how many standard errors below the precision that was seen the target must still be met (lower end
+            of Wilson's interval, Wilson 1927): a threshold chosen on few queries is chosen for its luck, too.
         penalty: L2 on the standardised weights, in units of one example.
-        seed: for the samples of the collection.
+        seed: for the samples of the collections.
 
     Raises:
-        ValueError: a precision outside 0 to 1, or too few items.
+        ValueError: a precision outside 0 to 1, negative caution, no table, or too few items.
     """
     if not 0 < target_precision < 1:
         raise ValueError(f"target_precision={target_precision}: expected a share between 0 and 1.")
-    asked = answers(scores.cpu(), relevant.cpu(), SHARES, seed)
+    if caution < 0:
+        raise ValueError(f"caution={caution}: expected 0 or more standard errors.")
+    asked = [answers(s.cpu(), match.cpu(), SHARES, seed + place) for place, (s, match) in enumerate(tables)]
+    if not asked:
+        raise ValueError("calibration needs at least one table of scores.")
+    asked = Answers.join(asked)
     features, right = asked.features(), asked.right.double()
     mean, size = features.mean(0), features.std(0).clamp_min(1e-6)
     weight = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
@@ -116,7 +137,7 @@ def fit_calibration(
     optimiser.step(closure)
     plain = weight.detach() / size
     result = Calibration(plain.tolist(), float(bias.detach() - plain @ mean), 0.5, target_precision)
-    result.threshold = _threshold(_confidence(result, asked), asked.right, target_precision)
+    result.threshold = _threshold(_confidence(result, asked), asked.right, target_precision, caution)
     return result
 
 
@@ -128,12 +149,15 @@ def _confidence(calibration: Calibration, asked: Answers) -> Tensor:
     return found
 
 
-def _threshold(confidence: Tensor, right: Tensor, target: float) -> float:
+def _threshold(confidence: Tensor, right: Tensor, target: float, caution: float) -> float:
     order = confidence.argsort(descending=True)
     count = torch.arange(1, len(order) + 1)
     precision = right[order].double().cumsum(0) / count
+    queries = count / len(SHARES)  # the same queries in several samples of a collection are not new evidence
+    spread = (precision * (1 - precision) / queries + caution**2 / (4 * queries**2)).sqrt()
+    lowest = (precision + caution**2 / (2 * queries) - caution * spread) / (1 + caution**2 / queries)
     enough = count >= max(1, len(order) // 20)  # a tenth of the half that has a match
-    reached = (precision >= target) & enough
+    reached = (lowest >= target) & enough
     place = int(reached.nonzero().max()) if reached.any() else int(precision.masked_fill(~enough, -1).argmax())
     return float(confidence[order][place])
 
@@ -144,14 +168,14 @@ def measure_confidence(calibration: Calibration, scores: Tensor, relevant: Tenso
     Returns:
         `threshold`; `coverage` (share of queries with a match that are answered), `precision` (share of all answers that
         are right, when every second query has no match), `false_alarms` (share of queries without a match that are
-        answered), `auroc` (a query with a match is more confident than one without), `calibration_error` (expected, ten
-        bins), and `curve`, a list of `{"coverage", "precision", "confidence"}`.
+        answered), `auroc` (a query with a match is more confident than one without), `auroc_ceiling` (what it would be if
+        every right answer were more confident than all others: where the first result is wrong anyway, removing the
+        match changes nothing that could be seen), `auroc_right` (a right answer is more confident than a wrong one),
+        `calibration_error` (expected, ten bins), and `curve`, a list of `{"coverage", "precision", "confidence"}`.
     """
     asked = answers(scores.cpu(), relevant.cpu())
     confidence, right, present = _confidence(calibration, asked).numpy(), asked.right.numpy(), asked.present.numpy()
     found = confidence >= calibration.threshold
-    wins = (confidence[present][:, None] > confidence[~present][None, :]).mean()
-    ties = (confidence[present][:, None] == confidence[~present][None, :]).mean()
     bins = np.minimum((confidence * 10).astype(int), 9)
     error = sum(
         abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean()
@@ -173,7 +197,16 @@ def measure_confidence(calibration: Calibration, scores: Tensor, relevant: Tenso
         "coverage": float(found[present].mean()),
         "precision": float(right[found].mean()) if found.any() else 0.0,
         "false_alarms": float(found[~present].mean()),
-        "auroc": float(wins + ties / 2),
+        "auroc": _auroc(confidence[present], confidence[~present]),
+        "auroc_ceiling": float((1 + right[present].mean()) / 2),
+        "auroc_right": _auroc(confidence[right], confidence[~right]),
         "calibration_error": float(error),
         "curve": curve,
     }
+
+
+def _auroc(higher: np.ndarray, lower: np.ndarray) -> float:
+    """Chance that one of `higher` is above one of `lower`; 0.5 where either is empty."""
+    if not len(higher) or not len(lower):
+        return 0.5
+    return float((higher[:, None] > lower).mean() + (higher[:, None] == lower).mean() / 2)

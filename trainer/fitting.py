@@ -25,7 +25,14 @@ def fit_frames(model, pairs: LatentPairs) -> None:
 
 
 @torch.no_grad()
-def fit_bases(model, pairs: LatentPairs, max_landmarks: int = 2048, seed: int = 0, progress: bool = True) -> dict:
+def fit_bases(
+    model,
+    pairs: LatentPairs,
+    max_landmarks: int = 2048,
+    seed: int = 0,
+    progress: bool = True,
+    held_out: dict | None = None,
+) -> dict:
     """Fit a closed form (and, with `config.target_metric`, a metric of its targets) for every direction, in place.
 
     Args:
@@ -34,6 +41,8 @@ def fit_bases(model, pairs: LatentPairs, max_landmarks: int = 2048, seed: int = 
         max_landmarks: most landmarks of a kernel base.
         seed: for the choice of landmarks.
         progress: show a bar.
+        held_out: filled with `{direction: ((rows, d_target), (rows,))}`: predictions made without a row's whole fold,
+            and the folds. Rows are those of `pairs.rows[direction]`.
 
     Returns:
         `{direction: (rows of the first source, d_target)}` leave-group-out predictions, zero for unpaired rows.
@@ -42,12 +51,12 @@ def fit_bases(model, pairs: LatentPairs, max_landmarks: int = 2048, seed: int = 
     if len(pairs) < 3000:
         torch.set_num_threads(1)  # small decompositions gain nothing from threads and suffer when cores are shared
     try:
-        return _fit_bases(model, pairs, max_landmarks, seed, progress)
+        return _fit_bases(model, pairs, max_landmarks, seed, progress, {} if held_out is None else held_out)
     finally:
         torch.set_num_threads(threads)
 
 
-def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool) -> dict:
+def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool, held_out: dict) -> dict:
     out_of_sample = {}
     connector, device = model.connector, model.device
     items = torch.from_numpy(pairs.items_of_keys())
@@ -80,6 +89,7 @@ def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progres
         table = torch.zeros(len(first), targets.shape[-1], device=device)
         table[torch.from_numpy(rows).to(device)] = fit.out_of_sample.float().to(device)
         out_of_sample[direction], out_of_fold[direction] = table, fit.out_of_fold
+        held_out[direction] = fit.out_of_fold, folds[groups]
     if model.config.target_metric:
         _fit_metrics(model, pairs, out_of_fold, items, folds, seed)
     return out_of_sample

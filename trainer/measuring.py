@@ -6,9 +6,10 @@ banks set. The rules of scoring are those of `trainer.evaluation`, which every b
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from modeling_altmoe.configuration_altmoe import parse_direction
-from modeling_altmoe.scoring_altmoe import reverse_direction, score_matrix
+from modeling_altmoe.scoring_altmoe import hubness, reverse_direction, score_matrix
 from trainer.confidence import fit_calibration
 from trainer.evaluation import KS, RetrievalData, evaluate_retrieval, fit_postprocessing
 from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import ranks, retrieval_metrics
@@ -133,26 +134,90 @@ def fit_trust(model, validation: LatentPairs) -> float:
 
 
 def fit_scoring(
-    model, train: LatentPairs, validation: LatentPairs, max_bank: int = 1024, target_precision: float = 0.5
+    model,
+    train: LatentPairs,
+    validation: LatentPairs,
+    max_bank: int = 1024,
+    target_precision: float = 0.5,
+    held_out: dict | None = None,
 ) -> None:
     """Measure scales, hubness and confidence for every pair of modalities, and keep them in the model.
 
     Args:
         train: training items fill the banks (at most `max_bank` a direction travel with the checkpoint).
-        validation: sets the scales, the strength of the correction and the calibration of confidence.
+        validation: sets the scales and the strength of the correction.
         target_precision: share of right answers that the confidence threshold is chosen for.
+        held_out: the closed form's out-of-fold predictions of `fit_bases`: then confidence is calibrated on all training
+            rows. Without them it is calibrated on validation, and the threshold is chosen with a standard error of
+            caution, because validation is small.
     """
     for pair in modality_pairs(model.directions)[0]:
         data = retrieval_data(validation, pair, model.device)
         bank = partnered_latents(train, pair, model.device)
         post = fit_postprocessing(model, bank, data, max_bank=max_bank)
-        for direction in data.directions():
-            if direction in model.directions:
-                model.set_scoring(direction, post)
-        for direction in data.directions():
-            if direction in model.directions:
-                calibration = fit_calibration(*scores_of(model, data, direction), target_precision)
-                model.config.scoring[direction]["confidence"] = calibration.as_dict()
+        served = [direction for direction in data.directions() if direction in model.directions]
+        for direction in served:
+            model.set_scoring(direction, post)
+        for direction in served:
+            if held_out and set(served) <= set(held_out):
+                calibration = fit_calibration(held_out_scores(model, train, direction, held_out), target_precision)
+            else:
+                calibration = fit_calibration([scores_of(model, data, direction)], target_precision, caution=1.0)
+            model.config.scoring[direction]["confidence"] = calibration.as_dict()
+
+
+@torch.no_grad()
+def held_out_scores(model, train: LatentPairs, direction: str, held_out: dict, max_keys: int = 4096, seed: int = 0):
+    """Scores among the training items of each fold, made without that fold: `(scores, matches)` one by one.
+
+    Predictions are the closed form's out-of-fold ones, queries and candidates are of one fold, and the hubness banks are
+    of the others: so every item is as new to what scores it as a test item is. The experts have seen all training rows
+    and are left out; scores are divided by the spread of their own non-matching pairs, as in search.
+
+    Args:
+        held_out: as `fit_bases` fills it.
+        max_keys: most pairs of a fold, a seeded sample above.
+        seed: for the sample.
+    """
+    source, _, target = direction.partition("->")
+    reverse = reverse_direction(direction)
+    ways = [direction, reverse] if reverse in held_out else [direction]
+    post, generator = model.postprocessing(direction), torch.Generator().manual_seed(seed)
+    vectors, parts, keys = {}, {}, {}
+    for way in ways:
+        predictions, parts[way] = held_out[way]
+        vectors[way] = F.normalize(model.connector.base[way].seen(predictions.to(model.device)), dim=-1).cpu()
+        keys[way] = torch.from_numpy(train.key_codes[way.partition("->")[0]][train.rows[way]])
+    own = {m: model.connector.frames[m].unit(train.latents[m].to(model.device)).cpu() for m in (source, target)}
+    targets = torch.from_numpy(np.flatnonzero(np.isin(train.key_codes[target], keys[direction].numpy())))
+    target_keys = torch.from_numpy(train.key_codes[target])[targets]
+    fold_of_key = torch.full((len(train.key_names),), -1, dtype=torch.long)
+    fold_of_key[keys[direction]] = parts[direction]
+    bank = model.queries(direction, {source: _rows(train, direction).to(model.device)}).cpu()
+    for fold in parts[direction].unique():
+        chosen = (fold_of_key == fold).nonzero()[:, 0]
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:max_keys]]
+        asked, shown = torch.isin(keys[direction], chosen), torch.isin(target_keys, chosen)
+        rows = torch.from_numpy(train.rows[direction])
+        match = train.matches(direction, rows[asked].numpy(), targets[shown].numpy())
+        if match.shape[1] < 4 or match.all():
+            continue
+        others = parts[direction] != fold
+        terms = [(vectors[direction][asked], own[target][targets[shown]], bank[others], 1.0)]
+        if reverse in held_out and post.reverse_weight:
+            back = vectors[reverse][torch.isin(keys[reverse], chosen)]  # rows of the target, in the order of `shown`
+            terms.append((own[source][rows[asked]], back, own[source][rows[others]], post.reverse_weight))
+        scores = 0
+        for queries, items, around, weight in terms:
+            table = queries @ items.T
+            corrected = table - post.beta * hubness(items, around[: 4 * max_keys], post.top_k)
+            scores = scores + weight * corrected / table[~match].std(correction=0).clamp_min(1e-12)
+        yield scores, match
+
+
+def _rows(pairs: LatentPairs, direction: str) -> torch.Tensor:
+    """Latents of a direction's first source, as `pairs.rows` has them."""
+    return pairs.latents[direction.partition("->")[0]][torch.from_numpy(pairs.rows[direction])]
 
 
 def scores_of(model, data: RetrievalData, direction: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,8 +16,8 @@ from datasets import Dataset
 from modeling_altmoe import AltMoEModel, AltMoEProcessor
 from modeling_altmoe.sharing_altmoe import refuse_local_encoders
 from trainer.card import TEMPLATE, write_card
-from trainer.encode import open_data
 from trainer.evaluate import read_run
+from trainer.items import open_data
 from trainer.measuring import modality_pairs
 from trainer.pairs import LatentPairs
 from trainer.plotting import pyplot

@@ -122,10 +122,10 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
         for part, its in parts.items():
             print(f"{part}: {its.describe()}")
     fit_frames(model, parts["train"])
-    out_of_sample = None
+    out_of_sample, held_out = None, {}
     if model.config.base != "none":
         out_of_sample = fit_bases(
-            model, parts["train"], arguments.max_landmarks, arguments.seed, arguments.process_index == 0
+            model, parts["train"], arguments.max_landmarks, arguments.seed, arguments.process_index == 0, held_out
         )
 
     trainer = AltMoETrainer(
@@ -142,7 +142,9 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
     if "validation" in parts:
         if arguments.fit_trust and model.config.base != "none":
             metrics["trust"] = fit_trust(model, parts["validation"])
-        fit_scoring(model, parts["train"], parts["validation"], target_precision=arguments.target_precision)
+        fit_scoring(
+            model, parts["train"], parts["validation"], target_precision=arguments.target_precision, held_out=held_out
+        )
         final = evaluate_pairs(model, parts["validation"], scored=True)
         metrics.update({f"eval_{name}": value for name, value in final.items()})
     if trainer.is_world_process_zero():

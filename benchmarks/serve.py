@@ -42,15 +42,16 @@ class Running:
 
     Args:
         flags: of `altmoe serve`, without `--port`.
+        program: how Python is told to run the `altmoe` command.
 
     Raises:
         RuntimeError: it ended before it was ready; with what it said.
     """
 
-    def __init__(self, flags: list[str]):
+    def __init__(self, flags: list[str], program: tuple[str, ...] = ("-m", "trainer.cli")):
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.cli", "serve", "--port", "0", *flags],
+            [sys.executable, *program, "serve", "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,

@@ -21,6 +21,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 SCRATCH = (
     ".lock*",
     ".ids/*",
+    "index/*",
     "*.tmp",
     "*.lock",
     "__pycache__/*",

@@ -14,7 +14,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -30,6 +32,8 @@ from modeling_altmoe.scoring_altmoe import item_vectors
 from modeling_altmoe.sharing_altmoe import shareable
 
 OWN_OPTIONS = ("table", "collection", "vector", "id", "columns", "protocol")
+FEW = 1000  # items left by a condition, which are then all in the short list: a graph may miss some of them
+COUNTED_FOR = 60.0  # seconds
 BATCH_BYTES = 8_000_000  # of latents in one request; Milvus refuses messages above 64 MB
 
 
@@ -153,6 +157,9 @@ class Table(Protocol):
     def nearest(self, vectors: np.ndarray, k: int, where: dict[str, Any] | None) -> list[list[Any]]:
         """For each vector the keys of the `k` nearest items, nearest first."""
 
+    def matching(self, where: dict[str, Any]) -> list[Any]:
+        """The keys of all items that meet the conditions."""
+
     def fetch(self, keys: list[Any], hubness: str | None, latents: bool) -> dict[Any, Row]:
         """Those items that are there; `hubness` is a column's name."""
 
@@ -161,6 +168,9 @@ class Table(Protocol):
 
     def ids(self, rows: int) -> Iterator[list[str]]:
         """All ids, a page at a time."""
+
+    def close(self) -> None:
+        """End the connection."""
 
 
 def open_table(url: str | Address) -> Table:
@@ -216,7 +226,7 @@ def ingest(
         store: the latents; memory stays flat whatever their number.
         url: see `parse_url`; the table is made if it does not exist.
         model: its hubness scalars are written for each direction into the store's modality; None: left empty.
-        directions: only these.
+        directions: only these. Scalars of other directions or models that were written before are not used any more.
         progress: show a bar.
 
     Returns:
@@ -232,15 +242,51 @@ def ingest(
         _, target = model.config.resolve(direction)
         store.check(target, model.config.encoders[target])
     models = {direction: _model_identity(model, direction) for direction in directions or ()}
-    table = open_table(url)
-    if table.width is not None and table.description is None:
-        raise ValueError(
-            f"{table.address} exists and was not made by altmoe: it is searched as it is, not written to. "
-            "Choose another name, or import it with 'altmoe import'."
-        )
+    with closing(open_table(url)) as table:
+        description = _description_for(store, table, models)
+        table.create(description)
+        counts = {"written": 0, "present": 0, "deleted": 0}
+        tag = json.dumps(models, sort_keys=True)
+        with tqdm(total=len(store), desc=f"to {table.address.scheme}", unit="row", disable=not progress) as bar:
+            for ids, latents, columns in store.batches(max(1, BATCH_BYTES // (4 * store.latent_size))):
+                vectors = np.ascontiguousarray(latents, dtype=np.float32)
+                values = list(zip(*(columns[name] for name in store.columns), strict=True)) or [()] * len(ids)
+                digests = [_digest(*item, tag) for item in zip(vectors, values, strict=True)]
+                there = table.digests(ids)
+                new = [place for place, name in enumerate(ids) if there.get(name) != digests[place]]
+                rows = [
+                    {"id": ids[place], "latent": vectors[place], "altmoe_digest": digests[place]}
+                    | dict(zip(store.columns, values[place], strict=True))
+                    for place in new
+                ]
+                for direction in models if new else ():
+                    for row, scalar in zip(rows, _hubness(model, direction, vectors[new]), strict=True):
+                        row[hubness_column(direction)] = float(scalar)
+                table.write(rows)
+                counts["written"] += len(new)
+                counts["present"] += len(ids) - len(new)
+                bar.update(len(ids))
+        if table.count() != len(store):
+            for page in table.ids(10_000):
+                gone = [name for name, kept in zip(page, store.has(page), strict=True) if not kept]
+                table.delete(gone)
+                counts["deleted"] += len(gone)
+        table.finish()
+        table.describe({**description, "hubness": description["hubness"] | models})
+        return {**counts, "rows": table.count()}
+
+
+def _description_for(store: LatentStore, table: Table, models: dict[str, str]) -> dict[str, Any]:
+    """What the table is to hold. Hubness scalars of other models are not used any more, and those of these models not
+    before all rows have them."""
     fields = ("modality", "encoder", "columns", "dtype")
     description = {"altmoe": 1, **{name: shareable(store.description)[name] for name in fields}, "hubness": {}}
-    if table.description is not None:
+    if table.width is not None:
+        if table.description is None:
+            raise ValueError(
+                f"{table.address} exists and was not made by altmoe: it is searched as it is, not written to. "
+                "Choose another name, or import it with 'altmoe import'."
+            )
         Description(table).check(store.modality, store.encoder)
         for name in ("columns", "dtype"):
             if table.description[name] != description[name]:
@@ -248,41 +294,10 @@ def ingest(
                     f"{table.address} was made with {name}={table.description[name]}, the store has "
                     f"{description[name]}. Choose another name, or delete it there."
                 )
-        description["hubness"] = dict(table.description["hubness"])
-    # until all rows have a model's scalars, none are used
-    stale = [direction for direction, name in models.items() if description["hubness"].get(direction) != name]
-    description["hubness"].update(dict.fromkeys(stale))
-    table.create(description)
-    tag = json.dumps(models, sort_keys=True)
-    counts = {"written": 0, "present": 0, "deleted": 0}
-    with tqdm(total=len(store), desc=f"to {table.address.scheme}", unit="row", disable=not progress) as bar:
-        for ids, latents, columns in store.batches(max(1, BATCH_BYTES // (4 * store.latent_size))):
-            rows = np.ascontiguousarray(latents, dtype=np.float32)
-            values = list(zip(*(columns[name] for name in store.columns), strict=True)) or [()] * len(ids)
-            digests = [_digest(*item, tag) for item in zip(rows, values, strict=True)]
-            there = table.digests(ids)
-            new = [place for place, name in enumerate(ids) if there.get(name) != digests[place]]
-            scalars = {hubness_column(d): _hubness(model, d, rows[new]) for d in models} if new else {}
-            table.write(
-                [
-                    {"id": ids[place], "latent": rows[place], "altmoe_digest": digests[place]}
-                    | dict(zip(store.columns, values[place], strict=True))
-                    | {name: float(scalar[number]) for name, scalar in scalars.items()}
-                    for number, place in enumerate(new)
-                ]
-            )
-            counts["written"] += len(new)
-            counts["present"] += len(ids) - len(new)
-            bar.update(len(ids))
-    if table.count() != len(store):
-        for page in table.ids(10_000):
-            gone = [name for name in page if name not in store.known_ids]
-            table.delete(gone)
-            counts["deleted"] += len(gone)
-    table.finish()
-    description["hubness"].update(models)
-    table.describe(description)
-    return {**counts, "rows": table.count()}
+        there = table.description["hubness"]
+        description["hubness"] = {d: name if name == models.get(d) else None for d, name in there.items()}
+    description["hubness"] = dict.fromkeys(models) | description["hubness"]
+    return description
 
 
 def _hubness(model: AltMoEModel, direction: str, latents: np.ndarray) -> np.ndarray:
@@ -345,7 +360,7 @@ class DatabaseBackend:
         kept = (table.description or {}).get("hubness", {}).get(direction)
         self.hubness = hubness_column(direction) if kept and kept == _model_identity(model, direction) else None
         self._lock = threading.Lock()  # one question at a time on one connection
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, tuple[float, int]] = {}
         if not len(self):
             raise ValueError(f"{table.address} is empty: nothing can be found in it.")
 
@@ -353,10 +368,15 @@ class DatabaseBackend:
         return self._count(None)
 
     def _count(self, where: dict[str, Any] | None) -> int:
-        known = repr(where)
-        if known not in self._counts:
-            self._counts[known] = self.table.count(where)
-        return self._counts[known]
+        """Items that meet the conditions, as of the last minute: a database counts by looking at each row."""
+        now, condition = time.monotonic(), repr(where)
+        since, count = self._counts.get(condition, (-np.inf, 0))
+        if now - since > COUNTED_FOR:
+            count = self.table.count(where)
+            if len(self._counts) > 1000:
+                self._counts.clear()
+            self._counts[condition] = (now, count)
+        return count
 
     def describe(self) -> str:
         """What kind of index this is, in a few words."""
@@ -366,15 +386,16 @@ class DatabaseBackend:
         """See `Backend`."""
         with self._lock:
             candidates = self._count(where)
-            k = min(k, candidates)
-            found = [[]] * len(vectors)
-            if k:
+            if where is not None and candidates <= max(k, FEW):
+                found = [self.table.matching(where)] * len(vectors)
+            else:
+                k = min(k, candidates)
                 found = self.table.nearest(np.ascontiguousarray(vectors, dtype=np.float32), k, where)
             keys = list(dict.fromkeys(key for row in found for key in row))
             rows = self.table.fetch(keys, self.hubness, self.store is None)
         keys = [key for key in keys if key in rows]  # without what was deleted between the two questions
         place = {key: number for number, key in enumerate(keys)}
-        places = np.full((len(found), k), -1, dtype=np.int64)
+        places = np.full((len(found), max(map(len, found), default=0)), -1, dtype=np.int64)
         for number, row in enumerate(found):
             row = [place[key] for key in row if key in place]
             places[number, : len(row)] = row
@@ -399,13 +420,14 @@ class DatabaseBackend:
         )
 
     def _local_rows(self, ids: list[str]) -> np.ndarray:
-        try:
-            return np.asarray(self.store.rows_of(ids), dtype=np.int64)
-        except (KeyError, ValueError) as error:
+        rows = self.store.rows_of(ids)
+        if (rows < 0).any():
+            missing = [name for name, row in zip(ids, rows, strict=True) if row < 0]
             raise ValueError(
-                f"{self.table.address} holds an item that '{self.store.path}' does not ({error}): "
+                f"{self.table.address} holds items that '{self.store.path}' does not ({missing[:3]}): "
                 "run 'altmoe index' on the store again."
-            ) from error
+            )
+        return rows
 
 
 def open_database(model: AltMoEModel, store: LatentStore | None, direction: str, url: str) -> DatabaseBackend:

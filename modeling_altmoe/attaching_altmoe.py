@@ -7,6 +7,7 @@ evaluation mode whose weights are certain. Nothing here knows the connector.
 import contextlib
 import copy
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils.hub import resolve_revision
 
-from .configuration_altmoe import AltMoEConfig
 from .encoding_altmoe import LatentProtocol, settings_identity, weights_identity
+from .sharing_altmoe import on_hub
 
 SIZE_NAMES = ("hidden_size", "d_model", "hidden_dim", "dim", "embed_dim")
 
@@ -51,22 +52,25 @@ def describe_encoder(
     Args:
         encoder: a `PreTrainedModel`.
         name_or_path: Hub name or folder; None for an instance made in memory.
-        revision: the commit on the Hub; None for local weights, whose hash then is the identity.
+        revision: the commit on the Hub; None for local weights, whose hash then is the protocol's identity.
         protocol: fields of `LatentProtocol` that differ from the defaults (pooling, layers, prompt, normalize).
         processor: its tokenizer, image processor or feature extractor, whose settings join the protocol.
         lora: a peft `LoraConfig` or its dictionary.
         latent_size: width, where the configuration does not tell.
     """
-    fields = dict(protocol or {})
-    fields["encoder"] = str(name_or_path) if revision else weights_identity(encoder)
+    fields, weights = dict(protocol or {}), weights_identity(encoder)
+    fields["encoder"] = str(name_or_path) if revision else weights
     fields["revision"] = revision or ""
     fields["dtype"] = str(encoder.dtype).removeprefix("torch.")
     if processor is not None:
         fields["preprocessing"] = settings_identity(processor)
+    if name_or_path is not None and not revision:
+        name_or_path = os.path.abspath(name_or_path)  # a folder, wherever the model is loaded later
     entry = {
         "name_or_path": None if name_or_path is None else str(name_or_path),
         "revision": revision,
-        "config": encoder.config.to_dict(),
+        "weights": weights,
+        "config": {key: value for key, value in encoder.config.to_dict().items() if key != "_name_or_path"},
         "latent_size": latent_size or infer_latent_size(encoder.config),
         "protocol": LatentProtocol.from_dict(fields).to_dict(),
     }
@@ -104,7 +108,7 @@ def load_encoder(
         config: configuration object or dictionary that overrides the one found there.
         subfolder: folder inside `source`.
         revision: branch, tag or commit.
-        what: for error messages, e.g. "image encoder".
+        what: for error messages: the modality, then "encoder", e.g. "image encoder".
         hub_kwargs: `token`, `cache_dir`, `local_files_only`, `trust_remote_code`, ...
 
     Raises:
@@ -116,10 +120,9 @@ def load_encoder(
         config = AutoConfig.for_model(**config)
     try:
         if not os.path.isdir(source):
-            resolved = resolve_revision(
-                source, revision, **{k: v for k, v in hub_kwargs.items() if k in ("token", "cache_dir")}
-            )
-            revision = getattr(resolved, "commit_hash", None) or resolved
+            asked = {k: v for k, v in hub_kwargs.items() if k in ("token", "cache_dir", "local_files_only")}
+            # a branch becomes the commit it points to now; where that fails, loading says why
+            revision = getattr(resolve_revision(source, revision, **asked), "resolved", revision)
         encoder, info = AutoModel.from_pretrained(
             source,
             config=config,
@@ -132,12 +135,17 @@ def load_encoder(
     except OSError as error:
         raise OSError(
             f"The {what} '{source}'{f' at revision {revision}' if revision else ''} cannot be loaded: "
-            f"{str(error).splitlines()[0]} If it is gated, log in or pass token=...; if it has moved or you are "
-            "offline, pass a local folder or a loaded model instead: encoders={modality: folder_or_model}."
+            f"{str(error).splitlines()[0]} If it is gated, log in or pass token=...; if it has moved or you are offline, "
+            "pass its new name, a local folder or a loaded model: AltMoEModel.from_pretrained(..., encoders="
+            f"{{'{what.split()[0]}': name_folder_or_model}})."
         ) from error
     pooling = LatentProtocol(pooling=fields.get("pooling", "mean"))
     _report_random(str(source), info, pooling)
-    return freeze(encoder), (str(revision) if revision and not os.path.isdir(source) else None)
+    if os.path.isdir(source):
+        return freeze(encoder), None
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise OSError(f"The {what} '{source}' was loaded, but not which commit it is: try again when the Hub answers.")
+    return freeze(encoder), revision
 
 
 def freeze(encoder: nn.Module) -> nn.Module:
@@ -180,20 +188,28 @@ def verify_encoder(encoder: nn.Module, entry: dict[str, Any], modality: str) -> 
     """Check that an encoder is the one the connector was trained on.
 
     Raises:
-        ValueError: if the architecture or, for encoders known by the hash of their weights, the weights differ.
+        ValueError: if the architecture or the weights differ, naming what the connector was trained on.
     """
+    name = entry.get("name_or_path") or f"its own encoder_{modality}/"
+    trained_on = f"'{name}'" + (f" at revision {entry['revision']}" if entry.get("revision") else "")
     wanted = (entry.get("config") or {}).get("model_type")
     if wanted and encoder.config.model_type != wanted:
         raise ValueError(
             f"The {modality} encoder should be a '{wanted}' model, got '{encoder.config.model_type}'. "
-            f"The connector was trained on '{entry.get('name_or_path')}'."
+            f"The connector was trained on {trained_on}."
         )
-    identity = (entry.get("protocol") or {}).get("encoder", "")
-    if identity.startswith("weights:") and weights_identity(encoder) != identity:
+    known = known_weights(entry)
+    if known and (found := weights_identity(encoder)) != known:
         raise ValueError(
-            f"The {modality} encoder's weights are not those the connector was trained on ('"
-            f"{entry.get('name_or_path')}', {identity}). Pass the original encoder: encoders={{'{modality}': folder}}."
+            f"The {modality} encoder's weights are not those the connector was trained on ({trained_on}: expected {known}, "
+            f"got {found}). Pass the original encoder: encoders={{'{modality}': folder_or_model}}."
         )
+
+
+def known_weights(entry: dict[str, Any]) -> str | None:
+    """The hash of the weights a connector was trained on, where its checkpoint has it."""
+    identity = (entry.get("protocol") or {}).get("encoder", "")
+    return entry.get("weights") or (identity if identity.startswith("weights:") else None)
 
 
 def base_encoder(encoder: nn.Module) -> nn.Module:
@@ -210,10 +226,14 @@ def base_encoder(encoder: nn.Module) -> nn.Module:
     return plain
 
 
-def save_encoder_parts(encoders: nn.ModuleDict, config: AltMoEConfig, folder: str, self_contained: bool) -> None:
-    """Write `adapter_<modality>/` where LoRA was used and, if asked, `encoder_<modality>/` with all weights."""
+def save_encoder_parts(encoders: nn.ModuleDict, entries: dict[str, dict], folder: str | os.PathLike) -> None:
+    """Write `adapter_<modality>/` where LoRA was used, and `encoder_<modality>/` where the entry says `self_contained`."""
     for modality, encoder in encoders.items():
         if getattr(encoder, "_hf_peft_config_loaded", False):
+            # what peft shows of the base model: its Hub name, never a folder of this machine
+            base = entries[modality] if on_hub(entries[modality]) else {}
+            lora = encoder.peft_config["default"]
+            lora.base_model_name_or_path, lora.revision = base.get("name_or_path"), base.get("revision")
             encoder.save_pretrained(os.path.join(folder, f"adapter_{modality}"))
-        if self_contained:
+        if entries[modality].get("self_contained"):
             base_encoder(encoder).save_pretrained(os.path.join(folder, f"encoder_{modality}"))

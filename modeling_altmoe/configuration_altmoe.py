@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-MODALITY_NAME = re.compile(r"^[a-z][a-z0-9_]*$")
+MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
 def parse_direction(direction: str) -> tuple[tuple[str, ...], str]:
@@ -36,6 +36,18 @@ def parse_direction(direction: str) -> tuple[tuple[str, ...], str]:
     return sources, parts[1]
 
 
+def check_modality(name: str) -> None:
+    """Raise if a string cannot name a modality: such names become folders (`encoder_<modality>/`).
+
+    Raises:
+        ValueError: saying what can.
+    """
+    if not isinstance(name, str) or not MODALITY_NAME.match(name):
+        raise ValueError(
+            f"{name!r} cannot name a modality: use lower-case letters, digits and underscores, starting with a letter."
+        )
+
+
 def unknown_name_message(what: str, given: str, known) -> str:
     """One sentence for a name that is not known: what was given, what is known, and the nearest known one."""
     known = [str(name) for name in known]
@@ -58,7 +70,7 @@ class AltMoEConfig(PreTrainedConfig):
             One entry a modality: `latent_size` (int, required), `name_or_path` and `revision` (where the encoder comes
             from; absent for vectors whose encoder is not at hand), `config` (the encoder's own configuration as a
             dictionary), `protocol` (a `LatentProtocol` as a dictionary), `lora` (a `LoraConfig` as a dictionary, or
-            absent), `self_contained` (the encoder's weights lie in this checkpoint).
+            absent), `self_contained` (the encoder's weights lie in this checkpoint), `weights` (their hash).
         directions (`list[str]`):
             What is predicted from what, e.g. `["image->text", "text->image"]`.
         hidden_size (`int`): width of the connector (a multiple of 8, as grouped matrix products require).
@@ -127,13 +139,16 @@ class AltMoEConfig(PreTrainedConfig):
         self._check()
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers; `encoders=` given to `AutoModel.from_pretrained` is the model's argument, not a field."""
+        given = {"encoders": kwargs.pop("encoders")} if "encoders" in kwargs else {}
+        result = super().from_dict(config_dict, **kwargs)
+        return (result[0], {**result[1], **given}) if kwargs.get("return_unused_kwargs") else result
+
     def _check(self) -> None:
         for modality, spec in self.encoders.items():
-            if not MODALITY_NAME.match(modality):
-                raise ValueError(
-                    f"'{modality}' cannot name a modality: use lower-case letters, digits and underscores, "
-                    "starting with a letter."
-                )
+            check_modality(modality)
             if not isinstance(spec, dict) or not isinstance(spec.get("latent_size"), int) or spec["latent_size"] < 1:
                 raise ValueError(
                     f"encoders['{modality}'] needs a positive integer 'latent_size', got {spec!r}. "

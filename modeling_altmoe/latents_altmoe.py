@@ -1,13 +1,17 @@
 """LatentStore: latents computed once, kept for ever. One folder, one modality, one protocol.
 
-Comes in: ids, latents `(n, size)` and metadata columns. Goes out: the same, memory-mapped. On disk: `store.json`
-(modality, protocol, encoder) and Arrow shards that `datasets` opens directly; every shard carries the protocol's
-fingerprint in its schema. A shard is written under a temporary name and renamed, so that a crash loses at most the
-rows not yet flushed and never leaves half a shard. No vector here is ever changed by training a connector.
+Comes in: ids, latents `(n, size)` and metadata columns. Goes out: the same, memory-mapped; memory does not grow with the
+number of rows. On disk: `store.json` (modality, protocol, encoder) and Arrow shards that `datasets` opens directly; every
+shard carries the protocol's fingerprint in its schema (see `shards_altmoe`). A crash loses at most the rows not yet
+flushed and never leaves half a shard. No vector here is ever changed by training a connector.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +21,31 @@ import torch
 try:  # stores need them, loading a checkpoint does not
     import pyarrow as pa
     from datasets import Dataset, Features, List, Value, concatenate_datasets
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 except ImportError:
     pa = None
 
 from .encoding_altmoe import LatentProtocol
+from .shards_altmoe import (
+    DELETED,
+    Shard,
+    cannot_write,
+    hash_ids,
+    list_shards,
+    lock_to_append,
+    lock_to_change,
+    read_deleted,
+    sweep,
+    write_deleted,
+    write_file,
+    write_shard,
+)
 from .sharing_altmoe import push_folder, shareable, store_card
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digest in the names of its shards, no generations and no deleted rows
 DTYPES = {"float32": np.float32, "float16": np.float16}
 DESCRIPTION = "store.json"
+LARGEST = 256 << 20  # bytes a shard holds at most, so that wide vectors need no more memory than narrow ones
 
 
 class LatentStore:
@@ -35,14 +54,21 @@ class LatentStore:
     Example:
 
     ```python
-    store = LatentStore.create("stores/image", "image", encoder_entry, columns={"path": "string"})
-    store.append(ids, latents, path=paths)
-    store.flush()
-    LatentStore.open("stores/image").take([0, 5, 7])        # (3, latent_size) float32
+    with LatentStore.create("stores/image", "image", encoder_entry, columns={"path": "string"}) as store:
+        store.append(ids, latents, path=paths)
+    store = LatentStore.open("stores/image")
+    store.take([0, 5, 7])                                   # (3, latent_size) float32
+    store.columns_of(5)                                     # {"path": "..."}
+    store.take(store.rows_of(["cat.png"]))
+    for ids, latents, columns in store.batches():           # all rows, a few at a time
+        ...
     ```
+
+    Row numbers count the rows that are not deleted, in order. They, and `content`, are those of the moment the store was
+    opened, flushed or reloaded; what other processes commit meanwhile is seen after `reload()`.
     """
 
-    def __init__(self, path: str | os.PathLike, description: dict[str, Any]):
+    def __init__(self, path: str | os.PathLike, description: dict[str, Any], *, rank: int = 0, world: int = 1):
         if pa is None:
             raise ImportError("A LatentStore needs datasets and filelock: pip install datasets filelock.")
         self.path = Path(path)
@@ -52,10 +78,13 @@ class LatentStore:
         self.dtype: str = description["dtype"]
         self.columns: dict[str, str] = description["columns"]
         self.protocol = LatentProtocol.from_dict(description["encoder"].get("protocol") or {})
+        self.rank, self.world = rank, world
+        self.shard_seconds: float | None = None
         self._pending: list[pa.Table] = []
-        self._pending_rows = 0
+        self._pending_ids: set[str] = set()
+        self._pending_since = 0.0
         self._lock: FileLock | None = None
-        self._load()
+        self.reload()
 
     # ---------------------------------------------------------------- make and open
 
@@ -69,6 +98,8 @@ class LatentStore:
         dtype: str = "float32",
         columns: dict[str, str] | None = None,
         shard_rows: int = 50_000,
+        rank: int = 0,
+        world: int = 1,
     ) -> "LatentStore":
         """Make a store, or reopen the same one to go on writing.
 
@@ -79,9 +110,13 @@ class LatentStore:
             dtype: `"float32"` or `"float16"`.
             columns: metadata columns beside `id`, `{name: Arrow type}`, e.g. `{"caption": "string"}`.
             shard_rows: rows a shard.
+            rank: number of this writer among `world` that write into this folder at once. They must not give the same
+                id; `altmoe encode` shares the ids out by their hash.
+            world: how many writers there are; a later run may have another number.
 
         Raises:
             ValueError: if a store of another protocol, modality, width or layout is there already.
+            OSError: the folder cannot be written.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}.")
@@ -93,41 +128,50 @@ class LatentStore:
             "shard_rows": shard_rows,
             "encoder": encoder,
         }
-        place = Path(path) / DESCRIPTION
-        if place.exists():
-            store = cls.open(path)
-            store.check(modality, encoder)
-            for field in ("dtype", "columns"):
-                if store.description[field] != description[field]:
-                    raise ValueError(
-                        f"{path} exists with {field}={store.description[field]}, not {description[field]}. "
-                        "Choose another folder, or delete this one."
-                    )
-            return store
-        Path(path).mkdir(parents=True, exist_ok=True)
-        temporary = place.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
-        temporary.rename(place)
-        return cls(path, description)
+        folder = Path(path)
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank} of world={world}: expected 0 to {world - 1}.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        if not (folder / DESCRIPTION).exists():
+            text = json.dumps(description, indent=2) + "\n"
+            write_file(folder, DESCRIPTION, lambda file: file.write(text.encode()))
+        store = cls.open(path, rank=rank, world=world)
+        store.check(modality, encoder)
+        for field in ("dtype", "columns"):
+            if store.description[field] != description[field]:
+                raise ValueError(
+                    f"{path} exists with {field}={store.description[field]}, not {description[field]}. "
+                    "Choose another folder, or delete this one."
+                )
+        return store
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "LatentStore":
-        """Open an existing store.
+    def open(cls, path: str | os.PathLike, *, rank: int = 0, world: int = 1) -> "LatentStore":
+        """Open an existing store. Neither vectors nor ids are read.
 
         Raises:
             FileNotFoundError: there is no store; the message says how to make one.
             ValueError: damaged, or written by a newer version.
         """
-        place = Path(path) / DESCRIPTION
+        return cls(path, cls._read_description(Path(path)), rank=rank, world=world)
+
+    @staticmethod
+    def _read_description(folder: Path) -> dict[str, Any]:
+        place = folder / DESCRIPTION
         if not place.exists():
-            raise FileNotFoundError(f"No LatentStore at '{path}' (no {DESCRIPTION}). Make one with 'altmoe encode'.")
+            raise FileNotFoundError(f"No LatentStore at '{folder}' (no {DESCRIPTION}). Make one with 'altmoe encode'.")
         try:
             description = json.loads(place.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"'{place}' is damaged ({error}). Restore it or encode again.") from error
-        if description.get("format") != FORMAT:
-            raise ValueError(f"'{path}' has store format {description.get('format')}, this version reads {FORMAT}.")
-        return cls(path, description)
+        if description.get("format") not in range(1, FORMAT + 1):
+            raise ValueError(
+                f"'{folder}' has store format {description.get('format')}, this version reads 1 to {FORMAT}."
+            )
+        return description
 
     @property
     def encoder(self) -> dict[str, Any]:
@@ -163,6 +207,22 @@ class LatentStore:
         schema = Features(features).arrow_schema
         return schema.with_metadata({**(schema.metadata or {}), b"altmoe": self.fingerprint.encode()})
 
+    def lock(self) -> None:
+        """Become the writer now (`append` does it too), and see everything that was committed before.
+
+        Raises:
+            RuntimeError: another process writes here, as this rank or with another number of ranks.
+            OSError: the folder cannot be written.
+        """
+        if self._lock is None:
+            self._lock, alone = lock_to_append(self.path, self.rank, self.world)
+            self.reload()
+            if alone:
+                sweep(self.path, self.generation)
+            if (self.rows_of(list(self._pending_ids)) >= 0).any():  # a flush had failed, and others have come since
+                self._unlock()
+                raise RuntimeError(f"Another process has written the rows that were pending for '{self.path}'.")
+
     def append(self, ids: list[str], latents: torch.Tensor | np.ndarray, **columns: list) -> None:
         """Add rows. Full shards are written at once; call `flush` for the rest (or use `with store:`).
 
@@ -174,132 +234,315 @@ class LatentStore:
         Raises:
             ValueError: wrong width or length, NaN, missing or unknown columns, an id that is already there.
             RuntimeError: another process is writing here.
+            OSError: disk full or folder read-only; rows that are not written yet stay pending, `flush` tries again.
         """
         rows = latents.detach().cpu().float().numpy() if isinstance(latents, torch.Tensor) else np.asarray(latents)
         if rows.ndim != 2 or rows.shape[1] != self.latent_size:
             raise ValueError(f"Latents of shape {rows.shape}, expected (n, {self.latent_size}) for '{self.path}'.")
         with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below
             rows = rows.astype(DTYPES[self.dtype])
-        if not np.isfinite(rows).all():
-            bad = [ids[i] for i in np.flatnonzero(~np.isfinite(rows).all(1))[:5]]
-            raise ValueError(f"Latents contain NaN or infinity (as {self.dtype}), ids {bad}.")
+        ids = [str(name) for name in ids]
         if set(columns) != set(self.columns):
             raise ValueError(f"Columns {sorted(columns)} given, the store has {sorted(self.columns)}.")
         lengths = {name: len(values) for name, values in {"id": ids, **columns}.items()}
         if set(lengths.values()) != {len(rows)}:
             raise ValueError(f"{len(rows)} latents, but columns of length {lengths}.")
-        ids = [str(name) for name in ids]
-        repeated = [name for name in ids if name in self.known_ids] or ([] if len(set(ids)) == len(ids) else ids)
+        if not np.isfinite(rows).all():
+            bad = [ids[i] for i in np.flatnonzero(~np.isfinite(rows).all(1))[:5]]
+            raise ValueError(f"Latents contain NaN or infinity (as {self.dtype}), ids {bad}.")
+        self.lock()
+        repeated = [ids[i] for i in np.flatnonzero(self.has(ids))] or ([] if len(set(ids)) == len(ids) else ids)
         if repeated:
             raise ValueError(f"Ids must be unique; already in '{self.path}' or given twice: {repeated[:5]}.")
-        self._acquire()
         latent = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), self.latent_size)
         schema = self._schema()
         data = [pa.array(ids), latent, *(pa.array(columns[name], schema.field(name).type) for name in self.columns)]
+        if not self._pending:
+            self._pending_since = time.monotonic()
         self._pending.append(pa.Table.from_arrays(data, schema=schema))
-        self._pending_rows += len(rows)
-        self.known_ids.update(ids)
-        while self._pending_rows >= self.description["shard_rows"]:
-            self._write_shard(self.description["shard_rows"])
+        self._pending_ids.update(ids)
+        while sum(map(len, self._pending)) >= self._rows_a_shard:
+            self._write_shard(self._rows_a_shard)
+        late = self.shard_seconds is not None and time.monotonic() - self._pending_since >= self.shard_seconds
+        if self._pending and late:
+            self._write_shard(self._rows_a_shard)
 
-    def _acquire(self) -> None:
-        if self._lock is None:
-            lock = FileLock(self.path / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout as error:
-                raise RuntimeError(f"Another process is writing to '{self.path}'. Wait for it to end.") from error
-            self._lock = lock
+    @property
+    def _rows_a_shard(self) -> int:
+        width = self.latent_size * np.dtype(DTYPES[self.dtype]).itemsize
+        return min(self.description["shard_rows"], max(1, LARGEST // width))
 
     def _write_shard(self, rows: int) -> None:
         table = pa.concat_tables(self._pending)
         shard, rest = table.slice(0, rows), table.slice(rows)
-        self._pending, self._pending_rows = ([rest] if len(rest) else []), len(rest)
-        number = 1 + max((int(p.stem.split("-")[1]) for p in self.shards), default=-1)
-        final = self.path / f"shard-{number:05d}.arrow"
-        temporary = final.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            with pa.ipc.new_stream(file, shard.schema) as writer:
-                writer.write_table(shard.combine_chunks())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(final)
+        path = write_shard(self.path, self.generation, shard)  # if it fails, everything stays pending
+        self._open_shard(path, np.empty(0, dtype=np.uint32))
+        self._pending = [rest] if len(rest) else []
+        self._pending_ids.difference_update(shard.column("id").to_pylist())
+        self._pending_since = time.monotonic()
 
     def flush(self) -> None:
-        """Write what is pending, release the writer's lock and make the new rows readable."""
-        if self._pending_rows:
-            self._write_shard(self._pending_rows)
+        """Write what is pending, release the writer's lock and make the new rows readable.
+
+        Raises:
+            OSError: disk full or folder read-only; what is pending stays so.
+        """
+        if self._pending:
+            self.lock()
+        while self._pending:  # several shards if writing had failed before
+            self._write_shard(self._rows_a_shard)
+        self._unlock()
+        self.reload()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-        self._load()
 
     def __enter__(self):
+        self.lock()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        try:
+            with (
+                contextlib.suppress(OSError) if kind else contextlib.nullcontext()
+            ):  # the first error is the one to read
+                self.flush()
+        finally:
+            self._unlock()
+
+    def delete(self, ids: list[str], *, missing_ok: bool = False) -> int:
+        """Delete rows by id, at once and for good: they are never read again, and `compact` removes them from the disk.
+
+        Args:
+            ids: what to delete.
+            missing_ok: leave out ids that are not there; else they are an error, and nothing is deleted.
+
+        Returns:
+            How many rows were deleted.
+
+        Raises:
+            ValueError: ids that are not there.
+            RuntimeError: another process writes here.
+            OSError: the folder cannot be written.
+        """
+        ids = list(dict.fromkeys(map(str, ids)))
+        with self._alone():
+            hashes, found = hash_ids(ids), np.zeros(len(ids), dtype=bool)
+            deleted = {shard.path.name: shard.dead for shard in self._shards if len(shard.dead)}
+            for shard in self._shards:
+                places = shard.find(ids, hashes)
+                found |= places >= 0
+                if (places >= 0).any():
+                    deleted[shard.path.name] = np.union1d(shard.dead, places[places >= 0])
+            if not found.all() and not missing_ok:
+                missing = [name for name, here in zip(ids, found, strict=True) if not here]
+                raise ValueError(f"'{self.path}' has no ids {missing[:5]}; nothing was deleted.")
+            if found.any():
+                if self.description["format"] < FORMAT:  # a version that knows no deleted rows must not open this
+                    self._describe(format=FORMAT)
+                write_deleted(self.path, deleted)
+        return int(found.sum())
+
+    def compact(self) -> None:
+        """Write all rows into full shards, without the deleted ones. Killed at any moment, the old store or the new is whole.
+
+        Needs room for a second copy while it runs, memory for one shard, and nobody else who writes.
+
+        Raises:
+            RuntimeError: another process writes here.
+            OSError: disk full or folder read-only; the store is as it was.
+        """
+        with self._alone():
+            following = self.generation + 1
+            try:
+                parts, rows = [], 0
+                for shard in self._shards:
+                    live = pa.table([shard.live(name) for name in shard.table.column_names], schema=self._schema())
+                    while len(live):
+                        part, live = live.slice(0, self._rows_a_shard - rows), live.slice(self._rows_a_shard - rows)
+                        parts, rows = [*parts, part], rows + len(part)
+                        if rows == self._rows_a_shard:
+                            write_shard(self.path, following, pa.concat_tables(parts))
+                            parts, rows = [], 0
+                if rows:
+                    write_shard(self.path, following, pa.concat_tables(parts))
+            except BaseException:
+                sweep(self.path, self.generation)
+                raise
+            self._describe(format=FORMAT, generation=following)  # from here on the new shards are the store
+            (self.path / DELETED).unlink(missing_ok=True)
+            sweep(self.path, following)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """With what is pending written, and nobody else writing."""
         self.flush()
+        with lock_to_change(self.path):
+            self.reload()
+            sweep(self.path, self.generation)
+            yield
+        self.reload()
+
+    def _describe(self, **changes) -> None:
+        text = json.dumps({**self.description, **changes}, indent=2) + "\n"
+        write_file(self.path, DESCRIPTION, lambda file: file.write(text.encode()))
 
     # ---------------------------------------------------------------- read
+
+    def reload(self) -> None:
+        """See what other processes have committed since this store was opened.
+
+        Raises:
+            ValueError: a damaged shard, or one of another protocol.
+        """
+        for attempt in range(3):
+            self.description = self._read_description(self.path)
+            deleted, self._shards = read_deleted(self.path), []
+            try:
+                for path in list_shards(self.path, self.generation):
+                    self._open_shard(path, deleted.get(path.name, np.empty(0, dtype=np.uint32)))
+                return
+            except FileNotFoundError:  # compacted between listing and opening
+                if attempt == 2:
+                    raise
+
+    def _open_shard(self, path: Path, dead: np.ndarray) -> None:
+        shard = Shard(path, self.latent_size, dead)
+        if shard.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"Shard '{path}' was made under protocol {shard.fingerprint or 'unknown'}, the store's is "
+                f"{self.fingerprint}. Move it to a store of its own."
+            )
+        self._shards.append(shard)
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+
+    @property
+    def generation(self) -> int:
+        """How often the store was compacted."""
+        return self.description.get("generation", 0)
+
+    @property
+    def deleted(self) -> int:
+        """How many deleted rows still lie on the disk."""
+        return sum(len(shard.dead) for shard in self._shards)
 
     @property
     def shards(self) -> list[Path]:
         """The shard files, in order."""
-        return sorted(self.path.glob("shard-*.arrow"))
-
-    def _load(self) -> None:
-        self._known: set[str] | None = None
-        self._tables: list[pa.Table] = []
-        self._views: list[np.ndarray] = []
-        for shard in self.shards:
-            try:
-                table = pa.ipc.open_stream(pa.memory_map(str(shard))).read_all()  # maps, does not read
-                written = (table.schema.metadata or {}).get(b"altmoe", b"").decode()
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(
-                    f"Shard '{shard}' is damaged ({error}). Delete it and run 'altmoe encode' again."
-                ) from error
-            if written != self.fingerprint:
-                raise ValueError(
-                    f"Shard '{shard}' was made under protocol {written or 'unknown'}, the store's is "
-                    f"{self.fingerprint}. Move it to a store of its own."
-                )
-            self._tables.append(table)
-            for chunk in table.column("latent").chunks:
-                self._views.append(chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.latent_size))
-        self._ends = np.cumsum([len(view) for view in self._views])
+        return [shard.path for shard in self._shards]
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1]) if self._shards else 0
+
+    def _contents(self) -> Iterator[tuple[str, int]]:
+        """`(content, rows)` of the first 0, 1, 2, ... shards."""
+        digest, rows = hashlib.sha256(f"{self.fingerprint} {self.dtype}".encode()), 0
+        yield digest.hexdigest()[:32], rows
+        for shard in self._shards:
+            digest.update(shard.identity)
+            rows += len(shard)
+            yield digest.hexdigest()[:32], rows
+
+    @property
+    def content(self) -> str:
+        """What the store holds, in 32 hexadecimal digits: another string after every committed write, the same one after
+        reopening or copying."""
+        return list(self._contents())[-1][0]
+
+    def rows_at(self, content: str) -> int | None:
+        """For an index that was made when `content` was another: how many of the first rows are those it was made of.
+
+        None if more than appending happened since (rows were deleted, the store was compacted, or it is another one).
+        """
+        return dict(self._contents()).get(content)
+
+    @property
+    def layout(self) -> list[tuple[str, int, np.ndarray]]:
+        """For an index that outlives deletions, a shard each: `(what its file holds, rows in it, places of the deleted)`."""
+        return [(shard.file_identity.hex(), len(shard.vectors), shard.dead) for shard in self._shards]
 
     @property
     def dataset(self) -> "Dataset":
         """All rows as a memory-mapped `datasets.Dataset` (columns `id`, `latent`, and the metadata)."""
-        if not self.shards:
+        if not len(self):
             return Dataset.from_dict({name: [] for name in ("id", "latent", *self.columns)})
-        return concatenate_datasets([Dataset.from_file(str(shard)) for shard in self.shards])
+        parts = []
+        for shard in self._shards:
+            part = Dataset.from_file(str(shard.path))
+            parts.append(part.select(shard.places(np.arange(len(shard)))) if len(shard.dead) else part)
+        return concatenate_datasets(parts)
 
     @property
     def ids(self) -> list[str]:
-        """The id of each row."""
+        """The id of each row, all in memory."""
         return self.column("id")
 
-    @property
-    def known_ids(self) -> set[str]:
-        """All ids, written or pending."""
-        if self._known is None:
-            self._known = set(self.ids)
-        return self._known
+    def _parts(self, rows) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
+        """For each shard that has some of `rows`: the shard, which of `rows` they are, and their numbers in the shard."""
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if not len(rows):
+            return
+        if not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"Rows {rows.min()} to {rows.max()}, but '{self.path}' has {len(self)}.")
+        numbers = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(numbers):
+            here = np.flatnonzero(numbers == number)
+            shard = self._shards[number]
+            yield shard, here, rows[here] - (self._ends[number] - len(shard))
 
-    def column(self, name: str) -> list:
-        """One metadata column.
+    def _check_column(self, name: str) -> None:
+        if name != "id" and name not in self.columns:
+            raise ValueError(f"'{self.path}' has no column '{name}'. Columns: id, {', '.join(self.columns)}.")
+
+    def column(self, name: str, rows=None) -> list:
+        """One metadata column (or `"id"`), of all rows or of some; only these are read.
+
+        Raises:
+            ValueError: there is no such column.
+            IndexError: a row out of range.
+        """
+        self._check_column(name)
+        if rows is None:
+            return self.arrow(name).to_pylist()
+        result = [None] * len(np.asarray(rows).reshape(-1))
+        for shard, here, numbers in self._parts(rows):
+            for place, value in zip(here, shard.values(name, numbers), strict=True):
+                result[place] = value
+        return result
+
+    def arrow(self, name: str) -> "pa.ChunkedArray":
+        """One column of all rows as it lies on the disk, memory-mapped (deleted rows left out): for filters.
 
         Raises:
             ValueError: there is no such column.
         """
-        if name != "id" and name not in self.columns:
-            raise ValueError(f"'{self.path}' has no column '{name}'. Columns: id, {', '.join(self.columns)}.")
-        return [value for table in self._tables for value in table.column(name).to_pylist()]
+        self._check_column(name)
+        chunks = [chunk for shard in self._shards for chunk in shard.live(name).chunks]
+        return pa.chunked_array(chunks, self._schema().field(name).type)
+
+    def id_of(self, row: int) -> str:
+        """The id of one row."""
+        return self.column("id", [row])[0]
+
+    def columns_of(self, row: int) -> dict[str, Any]:
+        """The metadata of one row."""
+        return {name: self.column(name, [row])[0] for name in self.columns}
+
+    def rows_of(self, ids: list[str]) -> np.ndarray:
+        """Row numbers of some ids, `(len(ids),)` int64; -1 for an id that is not there."""
+        ids = list(map(str, ids))
+        hashes, result = hash_ids(ids), np.full(len(ids), -1, dtype=np.int64)
+        for shard, end in zip(self._shards, self._ends if self._shards else (), strict=True):
+            places = shard.find(ids, hashes)
+            here = places >= 0
+            result[here] = shard.rows(places[here]) + end - len(shard)
+        return result
+
+    def has(self, ids: list[str]) -> np.ndarray:
+        """Which ids are there, written or pending: `(len(ids),)` boolean."""
+        return (self.rows_of(ids) >= 0) | np.array([str(name) in self._pending_ids for name in ids], dtype=bool)
 
     def take(self, rows) -> torch.Tensor:
         """Latents of some rows, `(len(rows), latent_size)` float32.
@@ -307,16 +550,22 @@ class LatentStore:
         Raises:
             IndexError: a row out of range.
         """
-        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"Rows {rows.min()} to {rows.max()}, but '{self.path}' has {len(self)}.")
-        result = np.empty((len(rows), self.latent_size), dtype=np.float32)
-        shard = np.searchsorted(self._ends, rows, side="right")
-        for number in np.unique(shard):
-            here = shard == number
-            start = self._ends[number] - len(self._views[number])
-            result[here] = self._views[number][rows[here] - start]
+        result = np.empty((len(np.asarray(rows).reshape(-1)), self.latent_size), dtype=np.float32)
+        for shard, here, numbers in self._parts(rows):
+            result[here] = shard.vectors[shard.places(numbers)]
         return torch.from_numpy(result)
+
+    def batches(self, rows: int = 16384, start: int = 0) -> Iterator[tuple[list[str], torch.Tensor, dict[str, list]]]:
+        """All rows in order, a few at a time: `(ids, latents, columns)`.
+
+        Args:
+            rows: how many at a time.
+            start: the first row.
+        """
+        for first in range(start, len(self), rows):
+            wanted = np.arange(first, min(first + rows, len(self)))
+            columns = {name: self.column(name, wanted) for name in self.columns}
+            yield self.column("id", wanted), self.take(wanted), columns
 
     def latents(self) -> torch.Tensor:
         """All latents, `(n, latent_size)` float32, in memory."""
@@ -338,6 +587,10 @@ class LatentStore:
         """
         if not len(self):
             raise ValueError(f"'{self.path}' is empty: nothing to push. Call flush() after append().")
+        if self.deleted:
+            raise ValueError(
+                f"'{self.path}' still holds deleted rows, which would be sent as well: call compact() first."
+            )
         description = json.dumps(shareable(self.description), indent=2) + "\n"
         replace = {DESCRIPTION: description.encode(), "README.md": store_card(self, repo_id, license).encode()}
         kwargs.setdefault("commit_message", f"{len(self)} latents")

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .attaching_altmoe import load_encoder, load_lora, save_encoder_parts
+from .attaching_altmoe import known_weights, load_encoder, load_lora, save_encoder_parts
 from .configuration_altmoe import AltMoEConfig
 from .connector_altmoe import AltMoEConnector, AltMoEExperts, AltMoERouter, ClosedFormBase, Frame, ScoreBank
-from .sharing_altmoe import refuse_local_encoders, upload_saved
+from .sentence_altmoe import write_sentence_files
+from .sharing_altmoe import refuse_local_encoders, upload_saved, without_paths
 
 HUB_KEYWORDS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 
@@ -66,50 +67,66 @@ class AltMoEPreTrainedModel(PreTrainedModel):
     # ---------------------------------------------------------------- save and load
 
     def save_pretrained(
-        self, save_directory, self_contained: bool = False, state_dict=None, push_to_hub=False, **kwargs
+        self, save_directory, self_contained: bool | None = None, state_dict=None, push_to_hub=False, **kwargs
     ):
         """Save connector, configuration, code and LoRA weights; encoders stay in their own repositories.
 
         Args:
             save_directory: folder to write.
-            self_contained: also write every encoder (`encoder_<modality>/`), for machines without a Hub.
+            self_contained: also write every encoder (`encoder_<modality>/`), for machines without a Hub; None: those
+                that came from such a checkpoint themselves.
             state_dict: weights to save instead of the model's own (as the Trainer passes them).
             push_to_hub, kwargs: as in `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: if `self_contained` and an encoder is not attached.
+            ValueError: if `self_contained` and an encoder is not attached, or if pushed and an encoder is neither
+                written nor on the Hub.
         """
-        absent = [m for m in self.config.modalities if m not in self.encoders]
-        entries = self.config.encoders
-        if push_to_hub and not self_contained:
-            refuse_local_encoders({m: {**e, "self_contained": False} for m, e in entries.items()})
-        if self_contained and absent:
-            raise ValueError(f"self_contained=True needs the encoders of {absent}, which are not attached.")
+        before_saving, entries = self.config.encoders, self._saved_entries(self_contained)
+        if push_to_hub:
+            refuse_local_encoders(entries)
         os.makedirs(save_directory, exist_ok=True)
         before = self._get_files_timestamps(save_directory)
         self._describe_code()
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("encoders.")}
-        self.config.encoders = {m: {**entry, "self_contained": self_contained} for m, entry in entries.items()}
+        self.config.encoders = entries
         hub = {k: kwargs.pop(k) for k in ("repo_id", "commit_message", "revision", "create_pr") if k in kwargs}
         private = kwargs.pop("private", None)
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
-            self.config.encoders = entries
+            self.config.encoders = before_saving
         if kwargs.get("is_main_process", True):
-            save_encoder_parts(self.encoders, self.config, save_directory, self_contained)
+            save_encoder_parts(self.encoders, entries, save_directory)
+            if self._auto_class is not None:  # code is saved
+                write_sentence_files(save_directory)
             if push_to_hub:
                 upload_saved(self, save_directory, before, token=kwargs.get("token"), private=private, **hub)
 
-    def push_to_hub(self, repo_id: str, *, self_contained: bool = False, **kwargs):
-        """As in `PreTrainedModel.push_to_hub`; `self_contained=True` sends the encoders as well.
+    def _saved_entries(self, self_contained: bool | None) -> dict:
+        """`config.encoders` as it is saved: which encoders go along, and no folder of this machine for those that do.
 
         Raises:
-            ValueError: an encoder is by name, and the name is a folder of this machine.
+            ValueError: all are to go along, and one is not attached.
         """
-        if not self_contained:
-            refuse_local_encoders({m: {**e, "self_contained": False} for m, e in self.config.encoders.items()})
+        absent = [m for m in self.config.modalities if m not in self.encoders]
+        if self_contained and absent:
+            raise ValueError(f"self_contained=True needs the encoders of {absent}, which are not attached.")
+        entries = {}
+        for modality, entry in self.config.encoders.items():
+            goes = entry.get("self_contained", False) if self_contained is None else self_contained
+            goes = goes and modality not in absent
+            entries[modality] = {**(without_paths(entry) if goes else entry), "self_contained": goes}
+        return entries
+
+    def push_to_hub(self, repo_id: str, *, self_contained: bool | None = None, **kwargs):
+        """As in `PreTrainedModel.push_to_hub`; `self_contained` as in `save_pretrained`.
+
+        Raises:
+            ValueError: an encoder neither goes along nor has a Hub name at a pinned revision.
+        """
+        refuse_local_encoders(self._saved_entries(self_contained))
         self.save_pretrained = partial(type(self).save_pretrained, self, self_contained=self_contained)
         try:
             return super().push_to_hub(repo_id, **kwargs)
@@ -145,7 +162,8 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Hub repository or local folder.
             load_encoders: False loads the connector alone (enough for work on stored latents).
-            encoders: `{modality: Hub name, local folder or loaded model}` instead of the recorded ones.
+            encoders: `{modality: Hub name, local folder or loaded model}` instead of the recorded ones, whose weights
+                they must have. A Hub name is recorded, so that the model can be saved and pushed by reference to it.
             is_trainable: LoRA weights may be trained on.
             kwargs: as in `PreTrainedModel.from_pretrained`.
 
@@ -164,6 +182,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
                     "To use it as an encoder: AltMoEModel.from_encoders({modality: name})."
                 )
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True  # a checkpoint of ours is never a pickle
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -185,13 +204,13 @@ class AltMoEPreTrainedModel(PreTrainedModel):
             given = (encoders or {}).get(modality)
             if given is None and not (load_encoders and (entry.get("self_contained") or entry.get("name_or_path"))):
                 continue
-            encoder = given
+            encoder, commit = given, None
             if not isinstance(given, nn.Module):
                 own = given is None and entry.get("self_contained")
                 source = name if own else (given or entry["name_or_path"])
-                where = {"subfolder": f"encoder_{modality}"} if own else {}
+                where = {"subfolder": f"encoder_{modality}", "use_safetensors": True} if own else {}
                 revision = kwargs.get("revision") if own else (entry.get("revision") if given is None else None)
-                encoder, _ = load_encoder(
+                encoder, commit = load_encoder(
                     source,
                     entry.get("protocol"),
                     config=entry.get("config"),
@@ -200,7 +219,10 @@ class AltMoEPreTrainedModel(PreTrainedModel):
                     **where,
                     **hub,
                 )
-            model.attach_encoder(modality, encoder)
+            pinned = given is None and commit and commit == entry.get("revision")  # a commit's content cannot change
+            model.attach_encoder(modality, encoder, verify=not pinned)
+            if commit and given is not None and known_weights(entry):
+                entry.update(name_or_path=str(given), revision=commit)
             if entry.get("lora"):
                 load_lora(encoder, name, modality, is_trainable, **{k: v for k, v in place.items() if k != "subfolder"})
         model.eval()

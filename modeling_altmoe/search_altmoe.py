@@ -1,31 +1,35 @@
 """Search a LatentStore from another modality.
 
 Comes in: a model, a store of target latents, a direction; then source latents. Goes out: the best rows with scores.
-The both-direction score with its hubness correction is one inner product (see `scoring_altmoe`), so FAISS finds it
-exactly in one pass over vectors that are derived from the store; the store itself is never changed.
+Where the candidates' vectors lie is a *backend*: this process (`index_altmoe`) or a database. Everything else is one class
+for all of them: a backend that only ranks coarsely gives a short list with the stored latents, and the list is ranked
+again with the whole score (both directions and hubness, see `scoring_altmoe`), so every backend returns the same scores.
 """
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-try:  # searching a store needs it, loading a checkpoint does not
-    import faiss
-except ImportError:
-    faiss = None
-
+from .backend_altmoe import Backend, ShortList
 from .confidence_altmoe import SHORT_LIST
+from .index_files_altmoe import open_local
 from .latents_altmoe import LatentStore
 from .modeling_altmoe import AltMoEModel
 from .scoring_altmoe import item_vectors, query_vectors
+from .where_altmoe import check_where, parse_where
+
+QUERIES = 64  # of one batch are worked on at a time, which bounds the memory of their short lists
 
 
 @dataclass
 class Hit:
-    """One result: `row` in the store, its `id`, `score` (larger is better) and metadata."""
+    """One result: `row` in the store (None for a database), its `id`, `score` (larger is better) and metadata."""
 
-    row: int
+    row: int | None
     id: str
     score: float
     columns: dict
@@ -44,78 +48,147 @@ class Hits(list):
 
     @property
     def found(self) -> bool:
-        """Whether the first hit is confident enough to be called a match (True without a calibration)."""
-        return self.confidence is None or self.confidence >= self.threshold
+        """Whether the first hit is confident enough to be called a match (without a calibration: there is a hit)."""
+        return bool(self) and (self.confidence is None or self.confidence >= self.threshold)
 
 
 class LatentIndex:
     """
-    An exact in-memory index of one store for one direction.
+    What can be found in one store in one direction.
 
     Args:
         model: an [`AltMoEModel`] with the direction.
         store: latents of the direction's target, under the model's protocol.
         direction: e.g. `"text->image"`.
-        rows: only these rows of the store can be found (default: all).
-        batch_rows: rows converted at a time.
+        backend: a [`Backend`], or what `open_index` takes for one in this process: `"auto"`, `"exact"`, a FAISS factory string.
+        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 400.
+        rebuild: make an index in memory where those that are kept beside the store do not fit.
+        recall: of the ten best, to be reached by an approximate index that is made.
 
     Raises:
         ImportError: faiss is not installed.
-        ValueError: the store is of another modality or protocol (naming the fields that differ), or empty.
+        ValueError: the store is of another modality or protocol (naming the fields that differ), or empty; the index that
+            is kept beside it is stale, of another model, or damaged.
     """
 
-    def __init__(self, model: AltMoEModel, store: LatentStore, direction: str, rows=None, batch_rows: int = 16384):
-        if faiss is None:
-            raise ImportError("Searching a LatentStore needs faiss: pip install faiss-cpu.")
+    def __init__(
+        self,
+        model: AltMoEModel,
+        store: LatentStore,
+        direction: str,
+        backend: Backend | str = "auto",
+        short_list: int | None = None,
+        rebuild: bool = False,
+        recall: float = 0.99,
+    ):
         _, target = model.config.resolve(direction)
         store.check(target, model.config.encoders[target])
-        if not len(store):
-            raise ValueError(f"'{store.path}' is empty: nothing can be found in it.")
-        self.model, self.store, self.direction = model, store, direction
+        self.model, self.store, self.direction, self.short_list = model, store, direction, short_list
         self.post, self.calibration = model.postprocessing(direction), model.calibration(direction)
-        self.rows = np.arange(len(store)) if rows is None else np.asarray(rows, dtype=np.int64)
-        self._names = store.ids
-        self._columns = {name: store.column(name) for name in store.columns}
-        self.index = None
-        for start in range(0, len(self.rows), batch_rows):
-            latents = store.take(self.rows[start : start + batch_rows]).to(model.device)
-            vectors = item_vectors(model, self.post, direction, latents).cpu().numpy().astype(np.float32)
-            if self.index is None:
-                self.index = faiss.IndexFlatIP(vectors.shape[1])
-            self.index.add(vectors)
+        self.backend = (
+            open_local(model, store, direction, backend, rebuild, recall) if isinstance(backend, str) else backend
+        )
 
-    def search(self, latents: dict[str, torch.Tensor] | torch.Tensor, k: int = 10) -> list[Hits]:
+    def __len__(self) -> int:
+        return len(self.backend)
+
+    def describe(self) -> str:
+        """What kind of index this is, in a few words."""
+        return self.backend.describe()
+
+    @torch.no_grad()
+    def search(
+        self, latents: dict[str, torch.Tensor] | torch.Tensor, k: int = 10, where: dict[str, Any] | None = None
+    ) -> list[Hits]:
         """The `k` best items for each query.
 
         Args:
             latents: source latents `{modality: (n, latent_size)}`, or the tensor alone for one source.
             k: results a query.
+            where: conditions on the store's columns, `{column: value | [values] | {"ge"|"gt"|"le"|"lt"|"ne": value}}`.
 
         Returns:
             For each query its hits, best first, with the confidence that the first one is a match.
 
         Raises:
-            ValueError: wrong width or NaN in the latents, or k below 1.
+            ValueError: wrong width or NaN in the latents, k below 1, or a condition that does not fit the columns.
         """
         if k < 1:
             raise ValueError(f"k={k}: expected at least 1.")
+        where = check_where(where, self.store.columns)
         if isinstance(latents, torch.Tensor):
             latents = {self.model.config.resolve(self.direction)[0][0]: latents}
         latents = {modality: tensor.to(self.model.device) for modality, tensor in latents.items()}
-        queries = query_vectors(self.model, self.post, self.direction, latents).cpu().numpy().astype(np.float32)
-        asked = min(max(k, SHORT_LIST if self.calibration else 1), len(self.rows))
-        scores, places = self.index.search(np.ascontiguousarray(queries), asked)
+        queries = query_vectors(self.model, self.post, self.direction, latents).float()
+        return [hits for part in queries.split(QUERIES) for hits in self._search(part, k, where)]
+
+    def _search(self, queries: torch.Tensor, k: int, where: dict | None) -> list[Hits]:
+        wanted = max(k, SHORT_LIST if self.calibration else 1)
+        if getattr(self.backend, "whole", False):
+            found = self.backend.nearest(queries.cpu().numpy(), wanted, where)
+            places, scores = found.places, found.scores
+        else:
+            coarse = F.normalize(queries[:, : self.store.latent_size], dim=-1)
+            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 400), wanted), where)
+            places, scores = self._rank_again(queries, found)
         results = []
-        for row, values in zip(places, scores, strict=True):
-            results.append(
-                Hits(self._hit(self.rows[place], score) for place, score in zip(row[:k], values, strict=False))
-            )
-        if self.calibration and len(results):
-            confidence = self.calibration.confidence(torch.from_numpy(scores), len(self.rows))
-            for hits, value in zip(results, confidence.tolist(), strict=True):
-                hits.confidence, hits.threshold = value, self.calibration.threshold
+        for row, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True):
+            results.append(Hits(self._hit(found, *hit) for hit in zip(row, values, strict=True) if hit[0] >= 0))
+        if self.calibration:
+            counts = (places[:, :SHORT_LIST] >= 0).sum(1)  # the same for all queries but under rare conditions
+            size = len(self) if found.candidates is None else found.candidates
+            for count in np.unique(counts):
+                same = np.flatnonzero(counts == count)
+                sure = np.zeros(len(same))
+                if count:
+                    sure = self.calibration.confidence(torch.from_numpy(scores[same, :count]), size).numpy()
+                for place, value in zip(same, sure.tolist(), strict=True):
+                    results[place].confidence, results[place].threshold = value, self.calibration.threshold
         return results
 
-    def _hit(self, row: int, score: float) -> Hit:
-        columns = {name: values[row] for name, values in self._columns.items()}
-        return Hit(int(row), self._names[row], float(score), columns)
+    def _rank_again(self, queries: torch.Tensor, found: ShortList) -> tuple[np.ndarray, np.ndarray]:
+        """The short list by the whole score: places and scores `(queries, k)`, best first."""
+        places = torch.from_numpy(found.places)
+        if not len(found.ids):
+            return found.places, np.full(places.shape, -np.inf, dtype=np.float32)
+        device = queries.device
+        hubness = None if found.hubness is None else found.hubness.to(device)
+        items = item_vectors(self.model, self.post, self.direction, found.latents.to(device), hubness)
+        scores = torch.bmm(items[places.clamp(min=0).to(device)], queries[:, :, None])[..., 0].cpu()  # (queries, k)
+        scores, order = scores.masked_fill(places < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
+        return places.gather(1, order).numpy(), scores.numpy()
+
+    @staticmethod
+    def _hit(found: ShortList, place: int, score: float) -> Hit:
+        row = None if found.rows is None else int(found.rows[place])
+        return Hit(row, found.ids[place], score, found.columns(place))
+
+
+def open_index(
+    model: AltMoEModel, store: LatentStore | None, direction: str, index: str = "auto", **options
+) -> LatentIndex:
+    """What can be found in a store, by the name of an index.
+
+    Args:
+        model: an [`AltMoEModel`] with the direction.
+        store: latents of the direction's target, under the model's protocol; None where a database holds everything.
+        direction: e.g. `"text->image"`.
+        index: `"auto"` (exact for a small store, approximate for a large one), `"exact"`, a FAISS factory string, or the
+            address of a database: `milvus://...`, `postgresql://...`.
+        options: as in `LatentIndex`.
+
+    Raises:
+        ImportError: what the index needs is not installed.
+        ValueError: the store is of another modality or protocol, or empty; an unknown index.
+    """
+    if "://" in index:
+        try:  # by name: the service's code does not travel with a checkpoint
+            databases = importlib.import_module("serving.databases")
+        except ImportError as error:
+            raise ImportError(f"'{index}' is a database, which needs the altmoe package installed.") from error
+        backend = databases.open_database(model, store, direction, index)
+        return LatentIndex(model, backend.description if store is None else store, direction, backend, **options)
+    return LatentIndex(model, store, direction, index, **options)
+
+
+__all__ = ["Backend", "Hit", "Hits", "LatentIndex", "ShortList", "open_index", "parse_where"]

@@ -5,6 +5,7 @@ code and pictures are sent: a pickle can run code where it is opened.
 """
 
 import os
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,59 @@ except ImportError:
     TransportError = ConnectionError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
-SCRATCH = (".lock", "*.tmp", "*.lock", "__pycache__/*", "*/__pycache__/*", ".cache/*", ".git/*", "checkpoint-*/*")
+SCRATCH = (
+    ".lock*",
+    ".ids/*",
+    "index/*",
+    "*.tmp",
+    "*.lock",
+    "__pycache__/*",
+    "*/__pycache__/*",
+    ".cache/*",
+    ".git/*",
+    "checkpoint-*/*",
+)
 
 
-def is_local(name: str | None) -> bool:
-    """Whether an encoder's name only means something on this machine."""
-    return bool(name) and (os.path.isdir(name) or os.path.isabs(name))
+def on_hub(entry: dict[str, Any]) -> bool:
+    """Whether others can load an encoder by its name: a Hub name at a pinned revision. Any other name is a folder here."""
+    return bool(entry.get("name_or_path") and entry.get("revision"))
+
+
+def without_paths(entry: dict[str, Any]) -> dict[str, Any]:
+    """An encoder's entry (of `AltMoEConfig.encoders` or of a store) as others may see it: no folder of this machine."""
+    entry = dict(entry)
+    if "name_or_path" in entry and not on_hub(entry):
+        entry["name_or_path"] = None
+    if entry.get("config"):
+        entry["config"] = {key: value for key, value in entry["config"].items() if key != "_name_or_path"}
+    return entry
+
+
+def one_line(text) -> str:
+    """Foreign text for a line or a cell of Markdown: it opens no other line, cell, code or tag."""
+    return re.sub(r"([|`<>\\])", r"\\\1", " ".join(str(text).split()))
 
 
 def refuse_local_encoders(entries: dict[str, dict[str, Any]]) -> None:
-    """Raise if another machine could not load an encoder.
+    """Raise if another machine could not load an encoder: it neither goes along nor has a Hub name.
 
     Args:
-        entries: `AltMoEConfig.encoders`.
+        entries: `AltMoEConfig.encoders`; those without `config` and name are vectors only, and pass.
 
     Raises:
         ValueError: naming the encoders and what to do.
     """
     local = {
-        modality: entry["name_or_path"]
+        modality: entry.get("name_or_path") or "a model in memory"
         for modality, entry in entries.items()
-        if not entry.get("self_contained") and is_local(entry.get("name_or_path"))
+        if (entry.get("config") or entry.get("name_or_path")) and not entry.get("self_contained") and not on_hub(entry)
     }
     if local:
         raise ValueError(
             f"These encoders lie on this machine only: {local}. Others could not load the model. Push it with "
-            "self_contained=True (`altmoe publish --self_contained`), or push the encoders and use their Hub names."
+            "self_contained=True (`altmoe publish --self_contained`), or push the encoders and load the model with "
+            "their Hub names first: AltMoEModel.from_pretrained(folder, encoders={modality: name})."
         )
 
 
@@ -124,10 +152,7 @@ def push_folder(
 
 def shareable(description: dict[str, Any]) -> dict[str, Any]:
     """A store's description without names of folders on this machine; the protocol says what made the latents."""
-    encoder = dict(description["encoder"])
-    if is_local(encoder.get("name_or_path")):
-        encoder["name_or_path"] = None
-    return {**description, "encoder": encoder}
+    return {**description, "encoder": without_paths(description["encoder"])}
 
 
 STORE_CARD = """---
@@ -162,8 +187,8 @@ def store_card(store, repo_id: str, license: str | None = None) -> str:
     from huggingface_hub import DatasetCardData
 
     entry = store.encoder
-    local = is_local(entry.get("name_or_path"))
-    encoder = os.path.basename(entry["name_or_path"]) if local else (entry.get("name_or_path") or "a model in memory")
+    name = entry.get("name_or_path") or "a model in memory"
+    encoder = name if on_hub(entry) else os.path.basename(name)
     data = DatasetCardData(
         license=license,
         tags=["altmoe", "embeddings", store.modality],
@@ -176,11 +201,11 @@ def store_card(store, repo_id: str, license: str | None = None) -> str:
         name=repo_id.split("/")[-1],
         repo=repo_id,
         count=len(store),
-        modality=store.modality,
+        modality=one_line(store.modality),
         size=store.latent_size,
         dtype=store.dtype,
-        encoder=encoder,
-        protocol=", ".join(f"{name} {value}" for name, value in fields.items()),
+        encoder=one_line(encoder),
+        protocol=one_line(", ".join(f"{name} {value}" for name, value in fields.items())),
         fingerprint=store.fingerprint,
-        columns=", ".join(["id", "latent", *store.columns]),
+        columns=one_line(", ".join(["id", "latent", *store.columns])),
     )

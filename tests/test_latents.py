@@ -1,14 +1,20 @@
 """LatentStore: what was written comes back, and nothing else can get in."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from modeling_altmoe import LatentStore
 
@@ -49,7 +55,7 @@ def test_reopening_goes_on(tmp_path):
     with LatentStore.create(tmp_path, "text", ENTRY) as store:
         store.append(["a"], rows(1))
     with LatentStore.create(tmp_path, "text", ENTRY) as store:
-        assert store.known_ids == {"a"}
+        assert store.has(["a", "b"]).tolist() == [True, False]
         store.append(["b"], rows(1, 1))
     assert LatentStore.open(tmp_path).ids == ["a", "b"]
 
@@ -86,7 +92,7 @@ def test_a_foreign_shard_is_refused(tmp_path):
         store.append(["a"], rows(1))
     other = {"latent_size": 8, "protocol": {"encoder": "weights:2"}}
     LatentStore.create(tmp_path / "b", "text", other)
-    (tmp_path / "b" / "shard-00000.arrow").write_bytes((tmp_path / "a" / "shard-00000.arrow").read_bytes())
+    shutil.copy(store.shards[0], tmp_path / "b")
     with pytest.raises(ValueError, match="made under protocol"):
         LatentStore.open(tmp_path / "b")
 
@@ -94,9 +100,9 @@ def test_a_foreign_shard_is_refused(tmp_path):
 def test_a_damaged_shard_is_named(tmp_path):
     with LatentStore.create(tmp_path, "text", ENTRY) as store:
         store.append(["a"], rows(1))
-    shard = tmp_path / "shard-00000.arrow"
+    (shard,) = store.shards
     shard.write_bytes(shard.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"shard-00000.arrow' is damaged"):
+    with pytest.raises(ValueError, match=rf"{shard.name}' is damaged"):
         LatentStore.open(tmp_path)
 
 
@@ -142,3 +148,126 @@ def test_missing_store_says_how_to_make_one(tmp_path):
         LatentStore.open(tmp_path / "none")
     with pytest.raises(ValueError, match="no column 'captoin'"):
         LatentStore.create(tmp_path, "text", ENTRY).column("captoin")
+
+
+# ---------------------------------------------------------------- delete, compact, look up
+
+
+class Against(RuleBasedStateMachine):
+    """A store against a dictionary: appends, deletions, compactions and reopenings in any order."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))  # fsync is slow
+        self.store = LatentStore.create(self.folder, "text", ENTRY, columns={"caption": "string"}, shard_rows=5)
+        self.expected, self.counter, self.contents = {}, 0, {self.store.content}
+
+    def committed(self):
+        assert self.store.content not in self.contents
+        self.contents.add(self.store.content)
+
+    @rule(count=st.integers(1, 12))
+    def append(self, count):
+        ids = [str(n) for n in range(self.counter, self.counter + count)]
+        latents = rows(count, self.counter)
+        self.counter += count
+        self.store.append(ids, latents, caption=[f"c{i}" for i in ids])
+        assert self.store.has(ids).all()
+        self.store.flush()
+        self.expected.update(zip(ids, latents, strict=True))
+        self.committed()
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def delete_some(self, data):
+        ids = data.draw(st.lists(st.sampled_from(sorted(self.expected)), min_size=1, unique=True))
+        before = self.store.content
+        assert self.store.delete([*ids, "none"], missing_ok=True) == len(ids)
+        for name in ids:
+            del self.expected[name]
+        self.committed()
+        assert self.store.rows_at(before) is None
+
+    @rule()
+    def compact(self):
+        self.store.compact()
+        assert all(len(shard.dead) == 0 for shard in self.store._shards)
+        assert len(self.store.shards) == -(-len(self.expected) // 5)
+
+    @rule()
+    def reopen(self):
+        content = self.store.content
+        self.store = LatentStore.open(self.folder)
+        assert self.store.content == content
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def write_a_deleted_id_again(self, data):
+        name = data.draw(st.sampled_from(sorted(self.expected)))
+        before, count = self.store.content, len(self.store)
+        self.store.append(["again"], rows(1, 7), caption=["cagain"]) if "again" not in self.expected else None
+        self.expected.setdefault("again", rows(1, 7)[0])
+        self.store.flush()
+        if len(self.store) > count:
+            assert self.store.rows_at(before) == count
+        assert self.store.has([name, "never"]).tolist() == [True, False]
+
+    @invariant()
+    def the_same_rows(self):
+        store = self.store
+        assert len(store) == len(self.expected) and store.ids == list(self.expected)
+        latents = torch.stack(list(self.expected.values())) if self.expected else torch.empty(0, 8)
+        assert torch.equal(store.latents(), latents)
+        assert store.column("caption") == [f"c{name}" for name in self.expected]
+        assert store.rows_of(list(self.expected)).tolist() == list(range(len(store)))
+        assert store.arrow("id").to_pylist() == store.dataset["id"][:] == store.ids
+        read = [(*batch[0], *batch[2]["caption"]) for batch in store.batches(3)]
+        assert [len(part) // 2 for part in read] == [min(3, len(store) - i) for i in range(0, len(store), 3)]
+        if len(store):
+            last = len(store) - 1
+            assert store.columns_of(last) == {"caption": f"c{store.id_of(last)}"}
+
+    def teardown(self):
+        shutil.rmtree(self.folder)
+
+
+TestAgainst = Against.TestCase
+TestAgainst.settings = settings(max_examples=10, stateful_step_count=8, deadline=None)
+
+
+def test_ids_that_share_their_hash_are_told_apart(tmp_path, monkeypatch):
+    for module in ("shards_altmoe", "latents_altmoe"):
+        monkeypatch.setattr(
+            f"modeling_altmoe.{module}.hash_ids", lambda ids: np.array([len(name) for name in ids], dtype="<u8")
+        )
+    with LatentStore.create(tmp_path, "text", ENTRY) as store:
+        store.append(["b", "a", "cc", "c", "aaa"], rows(5))
+    assert store.rows_of(["c", "aaa", "a", "d", "dd", "cc", "dddd"]).tolist() == [3, 4, 1, -1, -1, 2, -1]
+    store.delete(["a"])
+    assert store.rows_of(["c", "a", "aaa", "b"]).tolist() == [2, -1, 3, 0]
+
+
+def test_unknown_ids_are_named_and_nothing_is_deleted(tmp_path):
+    with LatentStore.create(tmp_path, "text", ENTRY) as store:
+        store.append(["a", "b"], rows(2))
+    with pytest.raises(ValueError, match=r"has no ids \['c'\]; nothing was deleted"):
+        store.delete(["a", "c"])
+    assert len(LatentStore.open(tmp_path)) == 2
+
+
+def test_a_store_of_format_1_is_read_and_goes_on(tmp_path):
+    with LatentStore.create(tmp_path, "text", ENTRY, shard_rows=2) as store:
+        store.append(list("abc"), rows(3))
+    for shard in store.shards:  # names and number as the first version wrote them
+        shard.rename(tmp_path / f"{shard.stem.rsplit('-', 1)[0]}.arrow")
+    description = json.loads((tmp_path / "store.json").read_text())
+    (tmp_path / "store.json").write_text(json.dumps({**description, "format": 1}))
+    with LatentStore.create(tmp_path, "text", ENTRY) as store:
+        content = store.content
+        store.append(["d"], rows(1, 4))
+    again = LatentStore.open(tmp_path)
+    assert again.ids == list("abcd") and again.content != content and again.rows_at(content) == 3
+    again.delete(["b"])
+    assert json.loads((tmp_path / "store.json").read_text())["format"] == 2
+    again.compact()
+    assert LatentStore.open(tmp_path).ids == list("acd")

@@ -233,7 +233,7 @@ def test_bad_configurations_are_refused(change, message):
 
 
 def test_missing_encoder_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"image encoder '.*nowhere' .*pass a local folder"):
+    with pytest.raises(OSError, match=r"image encoder '.*nowhere' .*a local folder or a loaded model"):
         AltMoEModel.from_encoders({"image": str(tmp_path / "nowhere"), "text": tiny_bert()}, **SIZES)
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, pipeline
 
 from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
-from modeling_altmoe import search_altmoe as search_module
+from modeling_altmoe import index_altmoe as index_module
 from modeling_altmoe.confidence_altmoe import Calibration
 from modeling_altmoe.processing_altmoe import ItemError
 from modeling_altmoe.scoring_altmoe import Postprocessing
@@ -216,7 +216,7 @@ def test_a_store_gives_what_its_items_give(pipe, store):
 
 
 def test_a_store_without_faiss_says_what_to_install(pipe, store, monkeypatch):
-    monkeypatch.setattr(search_module, "faiss", None)
+    monkeypatch.setattr(index_module, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
         pipe("a cat", candidates=store)
 

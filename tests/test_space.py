@@ -125,7 +125,7 @@ def test_a_space_that_could_not_run_is_refused(tmp_path, project):
     config = json.loads(place.read_text())
     config["encoders"]["image"].update(self_contained=False, name_or_path=str(tmp_path))
     place.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="image encoder from this machine"):
+    with pytest.raises(ValueError, match="encoders lie on this machine only"):
         write_space(tmp_path / "d", tmp_path / "model", {"image": "me/latents"})
 
 

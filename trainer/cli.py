@@ -6,11 +6,21 @@ import sys
 
 COMMANDS = {
     "encode": "run every item of a data set through a frozen encoder, once, into a LatentStore",
+    "import": "make a LatentStore of vectors you have: a file, a FAISS index, a data set, a database table",
+    "store": "look at a LatentStore, delete rows by id, compact it",
     "train": "train a connector on stored latents (a recipe and flags)",
     "evaluate": "measure a trained connector on held-out pairs, beside simpler methods",
     "search": "search a LatentStore with a text, a picture or a sound",
+    "serve": "answer searches over HTTP",
     "publish": "write a folder that is ready for the Hub: weights, code, card, examples",
     "push": "send a published model, a LatentStore or a search page to the Hub",
+}
+PLACES = {  # of the commands that read their arguments with argparse
+    "import": "trainer.importing",
+    "push": "trainer.push",
+    "search": "trainer.search",
+    "serve": "serving.serve",
+    "store": "trainer.store",
 }
 USAGE = "usage: altmoe COMMAND ...\n\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
 
@@ -49,8 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
             from trainer.train import main as train
 
             train(rest)
-        elif name in ("search", "push"):
-            command = importlib.import_module(f"trainer.{name}")
+        elif name in PLACES:
+            command = importlib.import_module(PLACES[name])
             parser = argparse.ArgumentParser(prog=f"altmoe {name}", description=COMMANDS[name], allow_abbrev=False)
             command.add_arguments(parser)
             command.main(parser.parse_args(rest))

@@ -1,26 +1,28 @@
 """`altmoe encode`: every item of a data set through one frozen encoder, once, into a LatentStore.
 
-Comes in: a data set (saved folder, image folder, JSONL/CSV/Parquet file, or Hub name), a column, an encoder (Hub name
-or folder). Goes out: a store that can be continued after any interruption. A bad item is reported with its index,
-skipped and counted; with `--strict` it ends the run.
+Comes in: a data set (see `trainer.items`), a column, an encoder (Hub name or folder). Goes out: a store that can be
+continued after any interruption, by any number of processes: `torchrun --nproc_per_node 2 -m trainer.encode ...`. A bad
+item is reported with its index, skipped and counted; with `--strict` it ends the run.
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from datasets import Audio, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from modeling_altmoe import AltMoEProcessor, LatentProtocol, LatentStore
 from modeling_altmoe.attaching_altmoe import describe_encoder, load_encoder
-from modeling_altmoe.configuration_altmoe import unknown_name_message
 from modeling_altmoe.encoding_altmoe import POOLINGS, encode_latents
 from modeling_altmoe.processing_altmoe import ItemError
+from modeling_altmoe.shards_altmoe import hash_ids
+from trainer.items import Block, Decoder, Item, RawItems, cut
 
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 MAIN_INPUTS = {"input_ids": AutoTokenizer, "pixel_values": AutoImageProcessor}
 
 
@@ -28,14 +30,22 @@ MAIN_INPUTS = {"input_ids": AutoTokenizer, "pixel_values": AutoImageProcessor}
 class EncodeArguments:
     """Encode one column of a data set with one frozen encoder."""
 
-    data: str = field(metadata={"help": "data set: saved folder, image folder, .jsonl/.csv/.parquet file or Hub name"})
-    encoder: str = field(metadata={"help": "encoder: Hub name or local folder"})
     out: str = field(metadata={"help": "folder of the LatentStore; an unfinished one is continued"})
-    modality: str = field(metadata={"help": "name of the modality, e.g. image, text, audio"})
+    data: str | None = field(
+        default=None, metadata={"help": "data set: saved folder, image folder, .jsonl/.csv/.parquet file or Hub name"}
+    )
+    encoder: str | None = field(default=None, metadata={"help": "encoder: Hub name or local folder"})
+    modality: str | None = field(default=None, metadata={"help": "name of the modality, e.g. image, text, audio"})
     column: str | None = field(default=None, metadata={"help": "column to encode (default: the modality's name)"})
     split: str = field(default="train", metadata={"help": "split of a data set that has several"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read the data set as a stream, without downloading it whole"}
+    )
     id_column: str = field(
-        default="id", metadata={"help": "unique ids (default: id; without such a column, the row number)"}
+        default="id",
+        metadata={
+            "help": "unique ids (default: id; without such a column, the file's place in the folder, or the row number)"
+        },
     )
     keep: list[str] | None = field(
         default=None, metadata={"help": "columns kept beside the latents (default: all plain ones)"}
@@ -51,40 +61,25 @@ class EncodeArguments:
     batch_size: int | None = field(
         default=None, metadata={"help": "items a batch (default: 64 on a GPU; on a CPU 4 pictures or sounds, 32 texts)"}
     )
+    workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "processes that decode (default: none on a CPU and for texts, else up to 8; several ranks share them)"
+        },
+    )
+    shard_seconds: float = field(
+        default=120,
+        metadata={"help": "write what is encoded at least this often; a killed run loses no more than that"},
+    )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ... or auto"})
     limit: int | None = field(default=None, metadata={"help": "encode only the first so many items"})
     strict: bool = field(default=False, metadata={"help": "end at the first bad item instead of skipping it"})
-
-
-def open_data(name: str, split: str = "train") -> Dataset:
-    """Open a data set by folder, file or Hub name.
-
-    Raises:
-        FileNotFoundError, ValueError: nothing usable there, or no such split.
-    """
-    path = Path(name)
-    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
-        data = load_from_disk(str(path))
-    elif path.is_dir():
-        data = load_dataset("imagefolder", data_dir=str(path))
-    elif path.suffix in FILE_KINDS:
-        if not path.is_file():
-            raise FileNotFoundError(f"No data file at '{name}'.")
-        extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        data = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), **extra)
-    else:
-        try:
-            data = load_dataset(name)
-        except Exception as error:  # the Hub's client raises many kinds
-            raise FileNotFoundError(
-                f"'{name}' is neither a folder nor a data file here, and loading it from the Hub failed: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise ValueError(unknown_name_message("split", split, data))
-        data = data[split]
-    return data
+    check: bool = field(
+        default=False,
+        metadata={
+            "help": "encode nothing: verify the store (with --data, against the data as well); 1 is the exit code of faults"
+        },
+    )
 
 
 def load_processor(encoder_name: str, main_input_name: str, **hub_kwargs):
@@ -104,101 +99,179 @@ def load_processor(encoder_name: str, main_input_name: str, **hub_kwargs):
         ) from error
 
 
-def _columns(data: Dataset, arguments: EncodeArguments) -> tuple[str, dict[str, str]]:
-    column = arguments.column or arguments.modality
-    wanted = [column, *(arguments.keep or [])]
-    if arguments.id_column != "id":
-        wanted.append(arguments.id_column)
-    for name in wanted:
-        if name not in data.column_names:
-            raise ValueError(f"{arguments.data}: {unknown_name_message('column', name, data.column_names)}")
-    plain = {n: f.dtype for n, f in data.features.items() if isinstance(f, Value) and n != arguments.id_column}
-    kept = plain if arguments.keep is None else {name: plain[name] for name in arguments.keep if name in plain}
-    return column, kept
+class Todo:
+    """Which items are still to be encoded here: this rank's share (by the hash of the id), without those in the store.
+
+    Args:
+        store: open for writing.
+    """
+
+    def __init__(self, store: LatentStore):
+        self.store, self.rows_before = store, len(store)
+        self.on_their_way: set[str] = set()  # read, not appended yet: a few batches
+        self.present = 0
+        self.repeated: list[tuple[int, str]] = []
+
+    def choose(self, block: Block) -> list[Item]:
+        """Read the items of a block that are to be encoded."""
+        mine = hash_ids(block.ids) % self.store.world == self.store.rank
+        rows, there, places = self.store.rows_of(block.ids), self.store.has(block.ids), []
+        for place, name in enumerate(block.ids):
+            if not mine[place]:
+                continue
+            if 0 <= rows[place] < self.rows_before:
+                self.present += 1
+            elif there[place] or name in self.on_their_way:
+                self.repeated.append((block.start + place, name))
+            else:
+                self.on_their_way.add(name)
+                places.append(place)
+        return block.read(places) if places else []
 
 
-def encode(arguments: EncodeArguments) -> dict:
-    """Encode a data set. Everything that can be wrong with the arguments is checked before the first item.
+def prepare_encoder(arguments) -> tuple:
+    """Load the encoder and describe what its latents are: `(encoder, its processor, entry for AltMoEConfig.encoders)`.
 
-    Returns:
-        `{"written", "present", "skipped": [(index, reason), ...], "rows"}`.
+    Args:
+        arguments: with `encoder`, `modality`, `revision`, `pooling`, `layers`, `prompt` and `normalize`.
 
     Raises:
-        ValueError, OSError: missing column, unknown pooling, no such encoder, a store of another protocol.
-        ItemError: a bad item, with `strict`.
+        ValueError, OSError: unknown pooling, no such encoder.
     """
-    data = open_data(arguments.data, arguments.split)
-    if arguments.limit:
-        data = data.select(range(min(arguments.limit, len(data))))
-    column, kept = _columns(data, arguments)
     fields = {"pooling": arguments.pooling, "layers": tuple(arguments.layers or (-1,)), "prompt": arguments.prompt}
     fields["normalize"] = arguments.normalize
     LatentProtocol.from_dict(fields)  # before weights are loaded
     encoder, commit = load_encoder(
         arguments.encoder, fields, revision=arguments.revision, what=f"{arguments.modality} encoder"
     )
-    hub_kwargs = {"revision": commit} if commit else {}
-    own = load_processor(arguments.encoder, encoder.main_input_name, **hub_kwargs)
-    name = os.path.abspath(arguments.encoder) if os.path.isdir(arguments.encoder) else arguments.encoder
-    entry = describe_encoder(encoder, name, commit, fields, own)
+    own = load_processor(arguments.encoder, encoder.main_input_name, **({"revision": commit} if commit else {}))
+    return encoder, own, describe_encoder(encoder, arguments.encoder, commit, fields, own)
+
+
+def encode(arguments: EncodeArguments) -> dict:
+    """Encode a data set. Everything that can be wrong with the arguments is checked before the first item.
+
+    Returns:
+        `{"written", "present", "skipped": [(index, reason), ...], "rows"}` of all ranks together.
+
+    Raises:
+        ValueError, OSError: missing column, unknown pooling, no such encoder, a store of another protocol.
+        RuntimeError: another process writes to the store.
+        ItemError: a bad item, with `strict`.
+    """
+    for name in ("data", "encoder", "modality"):
+        if not getattr(arguments, name):
+            raise ValueError(f"--{name} is missing: what to encode, with which encoder, and the name of its modality.")
+    data = RawItems(
+        arguments.data,
+        arguments.column or arguments.modality,
+        arguments.split,
+        arguments.streaming,
+        arguments.id_column,
+        arguments.keep,
+        arguments.limit,
+    )
+    ranks = PartialState(cpu=arguments.device == "cpu")
+    encoder, own, entry = prepare_encoder(arguments)
     processor = AltMoEProcessor({arguments.modality: own}, {arguments.modality: arguments.prompt})
-    for feature in (Image, Audio):  # decode item by item, so that one bad file does not end the run
-        if isinstance(data.features[column], feature):
-            data = data.cast_column(column, feature(decode=False))
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = processor.kind(arguments.modality)
+    device = torch.device(arguments.device if arguments.device != "auto" else _best_device(ranks))
     encoder.to(device)
     size = arguments.batch_size
-    if device == "cpu" and processor.kind(arguments.modality) != "text":
+    if device.type == "cpu" and kind != "text":
         # measured on two cores: small batches stay in the cache, and convolutions like channels last (2-3 times faster)
         encoder.to(memory_format=torch.channels_last)
         size = size or 4
-    size = size or (64 if device != "cpu" else 32)
+    size = size or (64 if device.type != "cpu" else 32)
+    workers = arguments.workers
+    if workers is None:
+        idle = device.type == "cpu" or kind == "text"
+        workers = 0 if idle else min(8, (os.cpu_count() or 1) // ranks.num_processes)
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
 
-    has_ids = arguments.id_column in data.column_names
-    ids = [str(v) for v in data[arguments.id_column]] if has_ids else [str(i) for i in range(len(data))]
     protocol = LatentProtocol.from_dict(entry["protocol"])
+    store = LatentStore.create(
+        arguments.out,
+        arguments.modality,
+        entry,
+        dtype=arguments.dtype,
+        columns=data.columns,
+        rank=ranks.process_index,
+        world=ranks.num_processes,
+    )
+    store.shard_seconds = arguments.shard_seconds
     skipped, written = [], 0
-    with LatentStore.create(arguments.out, arguments.modality, entry, dtype=arguments.dtype, columns=kept) as store:
-        rows = [row for row, name in enumerate(ids) if name not in store.known_ids]
-        present = len(data) - len(rows)
-        if processor.kind(arguments.modality) == "text":  # batches of equal length waste no padding
-            lengths = [len(str(text)) for text in data[column]]
-            rows.sort(key=lambda row: lengths[row])
-        bar = tqdm(total=len(rows), desc=f"encoding {arguments.modality}", unit="item")
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            good, items = [], []
-            for row, item in zip(batch, data[batch][column], strict=True):
-                try:
-                    items.append(processor.read(arguments.modality, item))
-                    good.append(row)
-                except ItemError as error:
-                    if arguments.strict:
-                        raise ItemError(
-                            f"item {row} (id '{ids[row]}'): {error}. Without --strict it is skipped."
-                        ) from error
-                    skipped.append((row, str(error)))
-                    tqdm.write(f"skipped item {row} (id '{ids[row]}'): {error}")
-            if good:
-                tensors = {k: v.to(device) for k, v in processor.batch(arguments.modality, items).items()}
+
+    def skip(position: int, name: str, reason: str) -> None:
+        if arguments.strict:
+            raise ItemError(f"item {position} (id '{name}'): {reason}. Without --strict it is skipped.")
+        skipped.append((position, reason))
+        tqdm.write(f"skipped item {position} (id '{name}'): {reason}")
+
+    with store:
+        todo = Todo(store)
+        batches = cut(map(todo.choose, data.blocks()), size, by_length=kind == "text")
+        loader = DataLoader(
+            Decoder(processor, arguments.modality), batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is
+        )
+        total = None if data.count is None else data.count // ranks.num_processes
+        quiet = {} if ranks.is_main_process else {"disable": True}
+        bar = tqdm(total=total, desc=f"encoding {arguments.modality}", unit="item", **quiet)
+        passed = 0
+        for items, tensors, bad in loader:
+            while todo.repeated:
+                skip(*todo.repeated.pop(0), "its id was given before")
+            for item, reason in bad:
+                skip(item.position, item.id, reason)
+            if items:
+                tensors = {k: v.to(device) for k, v in tensors.items()}
                 with torch.inference_mode():
                     latents = encode_latents(encoder, tensors, protocol)
-                about = data.select_columns(list(kept))[good] if kept else {}
-                store.append([ids[row] for row in good], latents, **about)
-                written += len(good)
-            bar.update(len(batch))
+                about = {name: [item.columns[name] for item in items] for name in data.columns}
+                store.append([item.id for item in items], latents, **about)
+                written += len(items)
+            todo.on_their_way.difference_update(item.id for item in (*items, *(item for item, _ in bad)))
+            if total is not None and todo.present + len(todo.repeated) > passed:  # what is there already is no speed
+                bar.total, passed = max(0, total - todo.present), todo.present
+            bar.update(len(items) + len(bad))
+        while todo.repeated:
+            skip(*todo.repeated.pop(0), "its id was given before")
         bar.close()
-    return {"written": written, "present": present, "skipped": skipped, "rows": len(store)}
+    results = [{"written": written, "present": todo.present, "skipped": skipped}]
+    if ranks.num_processes > 1:
+        results = gather_object(results)  # every rank has flushed before it comes here
+        store.reload()
+    result = {key: sum((part[key] for part in results), start=[] if key == "skipped" else 0) for key in results[0]}
+    return {**result, "skipped": sorted(result["skipped"]), "rows": len(store)}
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _best_device(ranks: PartialState) -> str:
+    return f"cuda:{ranks.local_process_index}" if torch.cuda.is_available() else "cpu"
 
 
 def main(arguments: EncodeArguments) -> None:
-    """Run and report."""
+    """Run and report, or check a store."""
+    if arguments.check:
+        from trainer.checking import main as check
+
+        return check(arguments)
     result = encode(arguments)
+    if not PartialState().is_main_process:
+        return
     print(
         f"{arguments.out}: {result['rows']} latents ({result['written']} new, {result['present']} already there, "
         f"{len(result['skipped'])} bad items skipped)"
     )
     if not result["rows"]:
         raise ValueError(f"No item of '{arguments.data}' could be encoded.")
+
+
+if __name__ == "__main__":  # one process of several: torchrun or accelerate launch
+    from trainer.cli import main as altmoe
+
+    altmoe(["encode", *sys.argv[1:]])

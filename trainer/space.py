@@ -15,7 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import modeling_altmoe
-from trainer.publish import TEMPLATE
+from modeling_altmoe.sharing_altmoe import refuse_local_encoders
+from trainer.card import TEMPLATE
 
 SPACE = TEMPLATE.parent / "space"
 HANDLER = TEMPLATE.parent / "endpoint" / "handler.py"
@@ -38,12 +39,7 @@ def _place(folder: Path, inside: str, name: str | os.PathLike) -> tuple[str, boo
 def _check_whole(model: str | os.PathLike) -> None:
     """Raise if a local model's encoders would be missing on another machine."""
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    for modality, entry in config.get("encoders", {}).items():
-        name = entry.get("name_or_path")
-        if not entry.get("self_contained") and (not name or os.path.isabs(name) or os.path.isdir(name)):
-            raise ValueError(
-                f"'{model}' takes its {modality} encoder from this machine. Publish it with --self_contained, or push it."
-            )
+    refuse_local_encoders(config.get("encoders", {}))
 
 
 def write_space(

@@ -33,13 +33,22 @@ MAX_ITEMS = int(os.environ.get("ALTMOE_MAX_ITEMS", 64))  # of one request, queri
 MAX_BYTES = int(os.environ.get("ALTMOE_MAX_BYTES", 10_000_000))  # of one image or sound
 MAX_PIXELS = int(os.environ.get("ALTMOE_MAX_PIXELS", 25_000_000))  # of one image
 MAX_SECONDS = float(os.environ.get("ALTMOE_MAX_SECONDS", 60))  # of one sound
+MAX_RATE = 192_000  # samples a second of one sound, before it is resampled
 MAX_CHARACTERS = 10_000  # of one text
 FETCH_SECONDS = 10
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered; the message is for the client."""
+    """A request that cannot be answered; the message is for the client.
+
+    Args:
+        status: for a server of one's own: 400 bad input, 413 too large, 415 not a picture or sound.
+    """
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
 
 
 # ---------------------------------------------------------------- decoding
@@ -60,9 +69,9 @@ def read_image(data: bytes) -> Image.Image:
     except RequestError:
         raise
     except Image.DecompressionBombError as error:
-        raise RequestError(f"The image has more than {MAX_PIXELS} pixels: make it smaller.") from error
+        raise RequestError(f"The image has more than {MAX_PIXELS} pixels: make it smaller.", 413) from error
     except Exception as error:  # decoders differ in what they raise on damaged files
-        raise RequestError(f"This is not a readable image. Formats: {', '.join(FORMATS)}.") from error
+        raise RequestError(f"This is not a readable image. Formats: {', '.join(FORMATS)}.", 415) from error
 
 
 def check_pixels(image: Image.Image) -> Image.Image:
@@ -73,7 +82,8 @@ def check_pixels(image: Image.Image) -> Image.Image:
     """
     if image.width * image.height > MAX_PIXELS:
         raise RequestError(
-            f"The image has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are taken: make it smaller."
+            f"The image has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are taken: make it smaller.",
+            413,
         )
     return image
 
@@ -94,16 +104,19 @@ def read_sound(data: bytes, sampling_rate: int) -> np.ndarray:
             rate, most = file.samplerate, int(MAX_SECONDS * file.samplerate)
             if file.channels > 8:
                 raise RequestError(f"The sound has {file.channels} channels, at most 8 are taken.")
-            signal = file.read(frames=most + 1, dtype="float32", always_2d=True)
+            if rate > MAX_RATE:
+                raise RequestError(f"The sound has {rate} samples a second, at most {MAX_RATE} are taken.")
+            blocks = file.blocks(65536, frames=most + 1, dtype="float32", always_2d=True)  # silence packs very small
+            signal = np.concatenate([block.mean(axis=1) for block in blocks] or [np.zeros(0, np.float32)])
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError("This is not a readable sound. Send WAV, FLAC, OGG or MP3.") from error
+        raise RequestError("This is not a readable sound. Send WAV, FLAC, OGG or MP3.", 415) from error
     if len(signal) > most:
-        raise RequestError(f"The sound is longer than {MAX_SECONDS:g} seconds: send a part of it.")
+        raise RequestError(f"The sound is longer than {MAX_SECONDS:g} seconds: send a part of it.", 413)
     if not len(signal):
         raise RequestError("The sound is empty.")
-    return soxr.resample(signal.mean(axis=1), rate, sampling_rate)
+    return soxr.resample(signal, rate, sampling_rate)
 
 
 def decode(item, kind: str) -> bytes:

@@ -122,7 +122,7 @@ class Engine:
 
     def sizes(self) -> dict[str, int]:
         """`{modality: number of items that can be found}`."""
-        return {direction.partition("->")[2]: len(index.rows) for direction, index in self.indices.items()}
+        return {direction.partition("->")[2]: len(index) for direction, index in self.indices.items()}
 
     def read(self, modality: str, query: str):
         """A typed text, or the file name of an upload, which is read as a picture or sound and nothing else.

@@ -156,8 +156,10 @@ def main() -> None:
     parser.add_argument("--data", default="build/data/stamps", help="data set with columns image and caption")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--kinds", nargs="+", default=["latent", "text", "image"], help="kinds of queries")
-    parser.add_argument("--seconds", type=float, default=10, help="of each cell")
-    parser.add_argument("--flags", default="--threads 1", help="further flags of altmoe serve, in one string")
+    parser.add_argument("--seconds", type=float, default=10, help="of each cell, at least")
+    parser.add_argument(
+        "--flags", default="--threads 1 --timeout 120", help="further flags of altmoe serve, in one string"
+    )
     parser.add_argument("--out", default=str(RESULTS / "serve.json"))
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
@@ -172,7 +174,8 @@ def main() -> None:
             kinds = write_bodies(Path(folder), 200, arguments.data, f"{arguments.stores}/text")
             for kind in arguments.kinds:
                 for clients in arguments.clients:
-                    cells.append(drive(server, Path(folder), kind, kinds[kind], clients, arguments.seconds))
+                    seconds = max(arguments.seconds, clients / 10)  # so that each client has a few answers
+                    cells.append(drive(server, Path(folder), kind, kinds[kind], clients, seconds))
                     print(table(cells[-1:]).splitlines()[-1], file=sys.stderr)
     finally:
         code = server.stop()

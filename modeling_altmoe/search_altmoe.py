@@ -61,7 +61,7 @@ class LatentIndex:
         store: latents of the direction's target, under the model's protocol.
         direction: e.g. `"text->image"`.
         backend: a [`Backend`], or what `open_index` takes for one in this process: `"auto"`, `"exact"`, a FAISS factory string.
-        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 100.
+        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 400.
         rebuild: make an index in memory where those that are kept beside the store do not fit.
         recall: of the ten best, to be reached by an approximate index that is made.
 
@@ -129,7 +129,7 @@ class LatentIndex:
             places, scores = found.places, found.scores
         else:
             coarse = F.normalize(queries[:, : self.store.latent_size], dim=-1)
-            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 100), wanted), where)
+            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 400), wanted), where)
             places, scores = self._rank_again(queries, found)
         results = []
         for row, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True):
@@ -175,7 +175,7 @@ def open_index(
         direction: e.g. `"text->image"`.
         index: `"auto"` (exact for a small store, approximate for a large one), `"exact"`, a FAISS factory string, or the
             address of a database: `milvus://...`, `postgresql://...`.
-        options: as in `LatentIndex`, or of the database's adapter.
+        options: as in `LatentIndex`.
 
     Raises:
         ImportError: what the index needs is not installed.

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from tqdm.auto import tqdm
 
 from modeling_altmoe import AltMoEModel, LatentProtocol, LatentStore
 from modeling_altmoe.backend_altmoe import ShortList
-from modeling_altmoe.encoding_altmoe import weights_identity
+from modeling_altmoe.index_files_altmoe import model_fingerprint
 from modeling_altmoe.scoring_altmoe import item_vectors
 from modeling_altmoe.sharing_altmoe import shareable
 
 OWN_OPTIONS = ("table", "collection", "vector", "id", "columns", "protocol")
 FEW = 1000  # items left by a condition, which are then all in the short list: a graph may miss some of them
 COUNTED_FOR = 60.0  # seconds
-BATCH_BYTES = 8_000_000  # of latents in one request; Milvus refuses messages above 64 MB
+BATCH_ROWS, BATCH_BYTES = 4096, 8_000_000  # of latents in one request; Milvus refuses messages above 64 MB
 
 
 @dataclass
@@ -105,7 +105,7 @@ def parse_url(url: str) -> Address:
         raise ValueError(f"The address {kind}://{hosts}{path} names no table: expected {wanted}.")
     return Address(
         scheme=kind,
-        url=parts._replace(scheme=kind, path=path, query=urlencode(options), fragment="").geturl(),
+        url=parts._replace(scheme=kind, path=path, query=urlencode(options, quote_via=quote), fragment="").geturl(),
         table=table,
         shown=f"{kind}://{hosts}{path} ({'table' if kind == 'postgresql' else 'collection'} '{table}')",
         vector=own.get("vector"),
@@ -131,6 +131,7 @@ class Table(Protocol):
     address: Address
     description: dict[str, Any] | None  # what `ingest` wrote; None for a table of somebody else
     width: int | None
+    dtype: str  # "float16" or "float32"
     columns: dict[str, str]  # metadata columns, {name: Arrow type}
 
     def create(self, description: dict[str, Any]) -> None:
@@ -197,10 +198,9 @@ def hubness_column(direction: str) -> str:
     return "altmoe_hubness_" + re.sub(r"\W+", "_", direction.replace("->", "_to_"))
 
 
-def _model_identity(model: AltMoEModel, direction: str) -> str:
+def _identity(model: AltMoEModel, direction: str) -> str:
     """Changes with everything that an item's hubness scalar depends on."""
-    parts = [weights_identity(model.connector), weights_identity(model.score_banks), model.config.scoring]
-    return hashlib.sha256(json.dumps([*parts, direction], sort_keys=True).encode()).hexdigest()[:16]
+    return "-".join(model_fingerprint(model, direction).values())
 
 
 # -------------------------------------------------------------------- writing
@@ -241,14 +241,14 @@ def ingest(
     for direction in directions or ():
         _, target = model.config.resolve(direction)
         store.check(target, model.config.encoders[target])
-    models = {direction: _model_identity(model, direction) for direction in directions or ()}
+    models = {direction: _identity(model, direction) for direction in directions or ()}
     with closing(open_table(url)) as table:
         description = _description_for(store, table, models)
         table.create(description)
         counts = {"written": 0, "present": 0, "deleted": 0}
         tag = json.dumps(models, sort_keys=True)
         with tqdm(total=len(store), desc=f"to {table.address.scheme}", unit="row", disable=not progress) as bar:
-            for ids, latents, columns in store.batches(max(1, BATCH_BYTES // (4 * store.latent_size))):
+            for ids, latents, columns in store.batches(max(1, min(BATCH_ROWS, BATCH_BYTES // (4 * store.latent_size)))):
                 vectors = np.ascontiguousarray(latents, dtype=np.float32)
                 values = list(zip(*(columns[name] for name in store.columns), strict=True)) or [()] * len(ids)
                 digests = [_digest(*item, tag) for item in zip(vectors, values, strict=True)]
@@ -358,7 +358,7 @@ class DatabaseBackend:
         self.description = Description(table, model, target)
         self.description.check(target, model.config.encoders[target])
         kept = (table.description or {}).get("hubness", {}).get(direction)
-        self.hubness = hubness_column(direction) if kept and kept == _model_identity(model, direction) else None
+        self.hubness = hubness_column(direction) if kept and kept == _identity(model, direction) else None
         self._lock = threading.Lock()  # one question at a time on one connection
         self._counts: dict[str, tuple[float, int]] = {}
         if not len(self):

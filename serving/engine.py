@@ -212,8 +212,8 @@ class Engine:
         try:
             return self._answer(queries)
         except Exception as error:
-            if len(queries) == 1:
-                return [error]
+            if len(queries) == 1 or isinstance(error, OSError):  # a database that cannot be reached: for all of them
+                return [error] * len(queries)
             half = len(queries) // 2
             return self.answer(queries[:half]) + self.answer(queries[half:])
 

@@ -61,6 +61,8 @@ def among(name: str, values: list[Any]) -> str:
 class MilvusTable:
     """One collection, see `Table`."""
 
+    dtype = "float32"
+
     def __init__(self, address: Address):
         self.address, self.name = address, address.table
         with self._clear():

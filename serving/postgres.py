@@ -173,6 +173,11 @@ class PostgresTable:
             return sql.SQL("({}::halfvec({}))").format(sql.Identifier(self.vector), sql.Literal(self.width))
         return sql.Identifier(self.vector)
 
+    @property
+    def dtype(self) -> str:
+        """See `Table`."""
+        return "float16" if self.kind == "halfvec" else "float32"
+
     # ---------------------------------------------------------------- writing
 
     def create(self, description: dict[str, Any]) -> None:

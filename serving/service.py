@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 
 from serving.batching import Batcher
 from serving.engine import Answer, Engine
-from serving.gate import SEARCH, Gate
+from serving.gate import LOG, SEARCH, Gate
 from serving.limits import Limits
 from serving.metrics import Metrics
 
@@ -151,7 +151,11 @@ class Service:
             raise HTTPException(getattr(error, "status", 400), str(error)) from error
         read = time.perf_counter()
         self.metrics.stage("read", read - start)
-        answer = await self.batcher.submit(query)
+        try:
+            answer = await self.batcher.submit(query)
+        except OSError as error:
+            LOG.error("the index cannot be reached: %s", error)
+            raise HTTPException(503, "The index cannot be reached: try again in a moment.") from error
         times = {"read": read - start, **answer.seconds, "total": time.perf_counter() - start}
         request.scope["about"] = f" {answer.direction} batch {answer.batch}"
         hits = answer.hits

@@ -17,6 +17,7 @@ from modeling_altmoe import LatentStore
 from modeling_altmoe.confidence_altmoe import Calibration
 from modeling_altmoe.scoring_altmoe import Postprocessing
 from modeling_altmoe.search_altmoe import LatentIndex, open_index
+from trainer.cli import main
 
 databases = pytest.importorskip("serving.databases")
 
@@ -311,6 +312,33 @@ def test_a_table_of_somebody_else_is_searched_as_it_is(url, store, model):
         databases.open_table(url.replace("columns=title", "columns=titel"))
 
 
+def test_a_table_becomes_a_store_with_its_vectors_ids_and_columns(url, store, tmp_path, capsys):
+    options = foreign(url, store.latents().numpy())
+    source = url + ("&" if "?" in url else "?") + options[1:]
+    arguments = ["import", source, "--modality", "image", "--like", str(store.path), "--out", str(tmp_path / "out")]
+    main(arguments)
+    main(arguments)  # nothing is doubled
+    assert f"{ROWS} latents (0 new, {ROWS} already there" in capsys.readouterr().out
+    imported = LatentStore.open(tmp_path / "out")
+    assert sorted(imported.ids, key=int) == [str(n) for n in range(ROWS)]
+    rows = imported.rows_of([str(n) for n in range(ROWS)])
+    assert torch.equal(imported.take(rows), store.latents())
+    assert imported.column("title", rows) == store.column("title")
+    if "the%20price" in source:
+        assert imported.column("the price", rows) == [n / 4 for n in range(ROWS)]
+
+
+def test_what_was_ingested_comes_back_as_a_store(url, store, tmp_path):
+    databases.ingest(store, url, progress=False)
+    main(["import", url, "--modality", "image", "--like", str(store.path), "--out", str(tmp_path / "out")])
+    back = LatentStore.open(tmp_path / "out")
+    rows = back.rows_of(store.ids)
+    assert torch.equal(back.take(rows), store.latents())
+    for name in ("title", "year", "price", "sold"):
+        assert back.column(name, rows) == store.column(name)
+    assert back.column("seen", rows) == [str(date) for date in store.column("seen")]
+
+
 def test_an_address_says_what_it_lacks():
     for url, message in (
         ("mysql://host/db?table=t", "expected postgresql://... or milvus://"),
@@ -336,7 +364,7 @@ def test_nothing_answers(kind):
     assert PASSWORD not in everything(caught.value) and QUOTED not in everything(caught.value)
 
 
-def test_no_secret_is_told(postgres, store, model):
+def test_no_secret_is_told(postgres, store, model, capsys):
     wrong = postgres.replace(QUOTED, "wr0ng%2Fword") + "?table=t"
     with pytest.raises(ConnectionError, match="password authentication failed") as caught:
         databases.open_table(wrong)
@@ -344,6 +372,9 @@ def test_no_secret_is_told(postgres, store, model):
     with pytest.raises(RuntimeError, match='invalid URI query parameter: "nosuch"') as caught:
         databases.open_table(f"{postgres}?table=t&nosuch={PASSWORD.replace('/', '%2F')}")
     assert PASSWORD not in everything(caught.value)
+    with pytest.raises(SystemExit):
+        main(["import", wrong, "--modality", "image", "--like", str(store.path), "--out", str(store.path) + "2"])
+    assert "wr0ng" not in "".join(capsys.readouterr())
     url = f"{postgres}?table=secrets"
     databases.ingest(store, url, model, progress=False)
     table = databases.open_table(url)

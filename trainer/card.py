@@ -19,18 +19,12 @@ from transformers.utils import cached_file
 
 import model_cards
 from modeling_altmoe import AltMoEModel
-from modeling_altmoe.sharing_altmoe import on_hub
+from modeling_altmoe.sharing_altmoe import on_hub, one_line
 from trainer.evaluate import table
 
 VERSION = "0.1.0"
 TEMPLATE = Path(model_cards.__file__).parent / "template.md"
 UNKNOWN = "unknown"
-
-
-def one_line(text) -> str:
-    """Foreign text for a line or a cell of Markdown: it opens no other line, cell, code or tag."""
-    text = " ".join(str(text).split())
-    return re.sub(r"([|`<>\\])", r"\\\1", text)
 
 
 def front_matter(name: str | os.PathLike | None, revision: str | None = None, kind: str = "model") -> dict:

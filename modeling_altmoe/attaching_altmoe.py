@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils.hub import resolve_revision
 
 from .encoding_altmoe import LatentProtocol, settings_identity, weights_identity
+from .sharing_altmoe import on_hub
 
 SIZE_NAMES = ("hidden_size", "d_model", "hidden_dim", "dim", "embed_dim")
 
@@ -225,10 +226,14 @@ def base_encoder(encoder: nn.Module) -> nn.Module:
     return plain
 
 
-def save_encoder_parts(encoders: nn.ModuleDict, folder: str | os.PathLike, whole: list[str]) -> None:
-    """Write `adapter_<modality>/` where LoRA was used, and `encoder_<modality>/` with all weights of those in `whole`."""
+def save_encoder_parts(encoders: nn.ModuleDict, entries: dict[str, dict], folder: str | os.PathLike) -> None:
+    """Write `adapter_<modality>/` where LoRA was used, and `encoder_<modality>/` where the entry says `self_contained`."""
     for modality, encoder in encoders.items():
         if getattr(encoder, "_hf_peft_config_loaded", False):
+            # what peft shows of the base model: its Hub name, never a folder of this machine
+            base = entries[modality] if on_hub(entries[modality]) else {}
+            lora = encoder.peft_config["default"]
+            lora.base_model_name_or_path, lora.revision = base.get("name_or_path"), base.get("revision")
             encoder.save_pretrained(os.path.join(folder, f"adapter_{modality}"))
-        if modality in whole:
+        if entries[modality].get("self_contained"):
             base_encoder(encoder).save_pretrained(os.path.join(folder, f"encoder_{modality}"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+ITEM_LENGTHS = "item_lengths"  # in a batch of items of different lengths: how much of each is its own
 POOLINGS = ("mean", "cls", "last_token", "pooler")
 
 
@@ -163,11 +164,41 @@ def pool(outputs, attention_mask: torch.Tensor | None, protocol: LatentProtocol)
     return nn.functional.normalize(latent.float(), dim=-1) if protocol.normalize else latent.float()
 
 
+def join_items(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Input tensors of single items `(1, length, ...)` as one batch; of different lengths, padded with zeros and beside
+    their `item_lengths`."""
+    lengths = torch.tensor([max(tensor.shape[1] for tensor in item.values() if tensor.dim() > 1) for item in items])
+    longest, joined = int(lengths.max()), {}
+    for name in items[0]:
+        tensors = [item[name] for item in items]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            room = [(0, 0) * (tensor.dim() - 2) + (0, longest - tensor.shape[1]) for tensor in tensors]
+            tensors = [nn.functional.pad(tensor, pads) for tensor, pads in zip(tensors, room, strict=True)]
+        joined[name] = torch.cat(tensors)
+    return joined if bool((lengths == longest).all()) else {**joined, ITEM_LENGTHS: lengths}
+
+
+def _encode_by_length(encoder, inputs: dict, lengths: torch.Tensor, protocol: LatentProtocol) -> torch.Tensor:
+    """Items of one length together, without padding: many encoders of sound (those that normalise over time) give another
+    latent for a padded item, whatever the mask says."""
+    longest, parts, order = int(lengths.max()), [], []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
+        own = {name: x[rows][:, :length] if x.shape[1:2] == (longest,) else x[rows] for name, x in inputs.items()}
+        parts.append(encode_latents(encoder, own, protocol))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
 def encode_latents(encoder: nn.Module, inputs: dict, protocol: LatentProtocol) -> torch.Tensor:
     """Run one encoder and pool: input tensors -> latents `(batch, size)`, float32.
 
-    Encoder-decoder models (T5, Whisper) use their encoder alone.
+    Encoder-decoder models (T5, Whisper) use their encoder alone. A batch with `item_lengths` (see `join_items`) gives the
+    latents of its items one by one.
     """
+    if ITEM_LENGTHS in inputs:
+        rest = {name: tensor for name, tensor in inputs.items() if name != ITEM_LENGTHS}
+        return _encode_by_length(encoder, rest, inputs[ITEM_LENGTHS], protocol)
     body = encoder.get_encoder() if getattr(encoder.config, "is_encoder_decoder", False) else encoder
     needs_states = protocol.pooling != "pooler" and protocol.layers != (-1,)
     outputs = body(**inputs, output_hidden_states=True) if needs_states else body(**inputs)

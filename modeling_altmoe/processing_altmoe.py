@@ -24,7 +24,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import cached_file
 
-from .configuration_altmoe import unknown_name_message
+from .configuration_altmoe import check_modality, unknown_name_message
+from .encoding_altmoe import join_items
 from .sharing_altmoe import upload_saved
 
 CONFIG_NAME = "processor_config.json"
@@ -141,7 +142,8 @@ class AltMoEProcessor(ProcessorMixin):
     One processor a modality behind one call.
 
     Args:
-        processors (`dict[str, Any]`): `{modality: tokenizer, image processor or feature extractor}`.
+        processors (`dict[str, Any]`): `{modality: tokenizer, image processor or feature extractor}`. Names as
+            everywhere: lower-case letters, digits and underscores.
         prompts (`dict[str, str]`, *optional*): text put before every item of a text modality.
 
     Example:
@@ -156,6 +158,8 @@ class AltMoEProcessor(ProcessorMixin):
         self.processors = dict(sorted((processors or {}).items()))  # as the model and a saved processor have them
         self.prompts = dict(prompts or {})
         self.chat_template = None
+        for modality in self.processors:
+            check_modality(modality)  # it names a folder
         for modality in self.prompts:
             self.kind(modality)
 
@@ -213,13 +217,17 @@ class AltMoEProcessor(ProcessorMixin):
         return read_audio(item, self.processors[modality].sampling_rate)
 
     def batch(self, modality: str, items: list) -> dict[str, Any]:
-        """Items that `read` returned -> the encoder's own input tensors, unprefixed."""
+        """Items that `read` returned -> the encoder's own input tensors, unprefixed.
+
+        Sounds of different lengths get `item_lengths` beside them, so that each is encoded without its padding.
+        """
         processor, kind = self.processors[modality], self.kind(modality)
         if kind == "text":
             return dict(processor(list(items), padding=True, truncation=True, return_tensors="pt"))
         if kind == "image":
             return dict(processor(list(items), return_tensors="pt"))
-        return dict(processor(list(items), sampling_rate=processor.sampling_rate, return_tensors="pt"))
+        rate = {"sampling_rate": processor.sampling_rate, "return_tensors": "pt"}
+        return join_items([dict(processor(item, **rate)) for item in items])
 
     def __call__(self, images=None, text=None, audio=None, **modalities) -> BatchFeature:
         """Raw items -> input tensors of every modality given.
@@ -318,7 +326,8 @@ class AltMoEProcessor(ProcessorMixin):
             raise ValueError(f"'{name}' holds a {fields.get('processor_class')}, not an AltMoEProcessor.")
         processors, prompts = {}, {}
         for modality, entry in fields["modalities"].items():
-            if entry["kind"] not in LOADERS or os.path.basename(entry["folder"]) != entry["folder"]:
+            check_modality(modality)
+            if entry["kind"] not in LOADERS or entry["folder"] not in ("", f"processor_{modality}"):
                 raise ValueError(f"'{name}': processor_config.json has an unusable entry for '{modality}': {entry}.")
             loader = LOADERS[entry["kind"]]
             processors[modality] = loader.from_pretrained(name, subfolder=entry["folder"], **hub)

@@ -107,13 +107,19 @@ def query_vectors(retriever: Retriever, post: Postprocessing, direction: str, qu
 
 @torch.no_grad()
 def item_vectors(
-    retriever: Retriever, post: Postprocessing, direction: str, gallery: Tensor, correction: Tensor | None = None
+    retriever: Retriever,
+    post: Postprocessing,
+    direction: str,
+    gallery: Tensor,
+    correction: Tensor | None = None,
+    predicted: Tensor | None = None,
 ) -> Tensor:
     """Gallery items, ready to be searched: see `query_vectors`. The last component is the hubness correction.
 
     Args:
         gallery: target latents `(m, d_target)`.
         correction: `(m,)` the last component, where it was kept; None: it is measured.
+        predicted: `(m, d_source)` the components before it, where they were kept; None: they are predicted.
 
     Raises:
         ValueError: a direction the retriever does not serve, or hubness asked for without a bank.
@@ -128,7 +134,9 @@ def item_vectors(
         hubs -= hubness(parts[0], post.query_bank[direction], post.top_k) / post.scales.get(direction, 1.0)
     if reverse:
         target = direction.partition("->")[2]
-        parts.append(retriever.queries(reverse, {target: gallery}))  # what each item predicts on the query side
+        if predicted is None:
+            predicted = retriever.queries(reverse, {target: gallery})  # what each item predicts on the query side
+        parts.append(predicted.to(parts[0]))
         if measure:
             weight = post.reverse_weight / post.scales.get(reverse, 1.0)
             hubs -= weight * hubness(parts[1], post.gallery_bank[reverse], post.top_k)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .backend_altmoe import Backend, ShortList
 from .confidence_altmoe import SHORT_LIST
-from .index_altmoe import open_local
+from .index_files_altmoe import open_local
 from .latents_altmoe import LatentStore
 from .modeling_altmoe import AltMoEModel
 from .scoring_altmoe import item_vectors, query_vectors
@@ -61,11 +61,14 @@ class LatentIndex:
         store: latents of the direction's target, under the model's protocol.
         direction: e.g. `"text->image"`.
         backend: a [`Backend`], or what `open_index` takes for one in this process: `"auto"`, `"exact"`, a FAISS factory string.
-        short_list: items a query that a coarse backend gives to be ranked again; default: the larger of 10 k and 100.
+        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 400.
+        rebuild: make an index in memory where those that are kept beside the store do not fit.
+        recall: of the ten best, to be reached by an approximate index that is made.
 
     Raises:
         ImportError: faiss is not installed.
-        ValueError: the store is of another modality or protocol (naming the fields that differ), or empty.
+        ValueError: the store is of another modality or protocol (naming the fields that differ), or empty; the index that
+            is kept beside it is stale, of another model, or damaged.
     """
 
     def __init__(
@@ -75,12 +78,16 @@ class LatentIndex:
         direction: str,
         backend: Backend | str = "auto",
         short_list: int | None = None,
+        rebuild: bool = False,
+        recall: float = 0.99,
     ):
         _, target = model.config.resolve(direction)
         store.check(target, model.config.encoders[target])
         self.model, self.store, self.direction, self.short_list = model, store, direction, short_list
         self.post, self.calibration = model.postprocessing(direction), model.calibration(direction)
-        self.backend = open_local(model, store, direction, backend) if isinstance(backend, str) else backend
+        self.backend = (
+            open_local(model, store, direction, backend, rebuild, recall) if isinstance(backend, str) else backend
+        )
 
     def __len__(self) -> int:
         return len(self.backend)
@@ -122,11 +129,19 @@ class LatentIndex:
             places, scores = found.places, found.scores
         else:
             coarse = F.normalize(queries[:, : self.store.latent_size], dim=-1)
-            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 100), wanted), where)
+            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 400), wanted), where)
             places, scores = self._rank_again(queries, found)
-        results = []
-        for row, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True):
-            results.append(Hits(self._hit(found, *hit) for hit in zip(row, values, strict=True) if hit[0] >= 0))
+        rows = [None] * len(found.ids) if found.rows is None else found.rows.tolist()
+        results = [
+            Hits(
+                [
+                    Hit(rows[place], found.ids[place], score, dict(found.columns(place)))
+                    for place, score in zip(best, values, strict=True)
+                    if place >= 0
+                ]
+            )
+            for best, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
+        ]
         if self.calibration:
             counts = (places[:, :SHORT_LIST] >= 0).sum(1)  # the same for all queries but under rare conditions
             size = len(self) if found.candidates is None else found.candidates
@@ -151,22 +166,19 @@ class LatentIndex:
         scores, order = scores.masked_fill(places < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
         return places.gather(1, order).numpy(), scores.numpy()
 
-    @staticmethod
-    def _hit(found: ShortList, place: int, score: float) -> Hit:
-        row = None if found.rows is None else int(found.rows[place])
-        return Hit(row, found.ids[place], score, found.columns(place))
 
-
-def open_index(model: AltMoEModel, store: LatentStore, direction: str, index: str = "auto", **options) -> LatentIndex:
+def open_index(
+    model: AltMoEModel, store: LatentStore | None, direction: str, index: str = "auto", **options
+) -> LatentIndex:
     """What can be found in a store, by the name of an index.
 
     Args:
         model: an [`AltMoEModel`] with the direction.
-        store: latents of the direction's target, under the model's protocol.
+        store: latents of the direction's target, under the model's protocol; None where a database holds everything.
         direction: e.g. `"text->image"`.
         index: `"auto"` (exact for a small store, approximate for a large one), `"exact"`, a FAISS factory string, or the
             address of a database: `milvus://...`, `postgresql://...`.
-        options: of the database's adapter.
+        options: as in `LatentIndex`.
 
     Raises:
         ImportError: what the index needs is not installed.
@@ -174,10 +186,12 @@ def open_index(model: AltMoEModel, store: LatentStore, direction: str, index: st
     """
     if "://" in index:
         try:  # by name: the service's code does not travel with a checkpoint
-            serving = importlib.import_module("serving")
+            databases = importlib.import_module("serving.databases")
         except ImportError as error:
-            raise ImportError(f"'{index}' is a database, which needs the altmoe package installed.") from error
-        return LatentIndex(model, store, direction, serving.open_database(model, store, direction, index, **options))
+            scheme = index.partition("://")[0]  # what follows may hold a password
+            raise ImportError(f"{scheme}:// is a database, which needs the altmoe package installed.") from error
+        backend = databases.open_database(model, store, direction, index)
+        return LatentIndex(model, backend.description if store is None else store, direction, backend, **options)
     return LatentIndex(model, store, direction, index, **options)
 
 

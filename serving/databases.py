@@ -1,8 +1,8 @@
-"""Latents in a database: its address, writing a LatentStore into it, and searching it.
+"""Latents in a database: its address, what an adapter does, and a search's short list.
 
-Comes in: an address (`postgresql://...`, `milvus://...`) and a store, or query vectors. Goes out: rows in the database, or
-the short list of a search, which `search_altmoe` ranks again. What the two databases do differently lies in
-`serving/postgres.py` and `serving/milvus.py`; each is one class with the methods of `Table`.
+Comes in: an address (`postgresql://...`, `milvus://...`) and query vectors. Goes out: the short list, which `search_altmoe`
+ranks again. What the two databases do differently lies in `serving/postgres.py` and `serving/milvus.py`; each is one class
+with the methods of `Table`. Writing into them is `serving/ingest.py`.
 
 What is stored of an item: its id, its latent exactly as the encoder made it, the columns of the store, one hubness scalar
 a direction, and a digest of it all. The database's own index searches those raw latents by cosine. They are not centred,
@@ -10,27 +10,24 @@ as the score's are, and that is on purpose: a query vector's cosine with a raw l
 README.md, "Past one machine"), another model searches the same rows, and so does a table somebody else has filled.
 """
 
-import hashlib
-import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from modeling_altmoe import AltMoEModel, LatentProtocol, LatentStore
 from modeling_altmoe.backend_altmoe import ShortList
-from modeling_altmoe.encoding_altmoe import weights_identity
-from modeling_altmoe.scoring_altmoe import item_vectors
-from modeling_altmoe.sharing_altmoe import shareable
+from modeling_altmoe.index_files_altmoe import model_fingerprint
 
 OWN_OPTIONS = ("table", "collection", "vector", "id", "columns", "protocol")
-BATCH_BYTES = 8_000_000  # of latents in one request; Milvus refuses messages above 64 MB
+FEW = 1000  # items left by a condition, which are then all in the short list: a graph may miss some of them
+COUNTED_FOR = 60.0  # seconds
 
 
 @dataclass
@@ -69,8 +66,11 @@ class Address:
 
     def _secrets(self) -> list[str]:
         found = [value for name, value in self.options.items() if re.search("password|token|key", name)]
-        password = urlsplit(self.url).password  # as written, with its percent signs, and as meant
-        return [secret for secret in (*found, password, unquote(password or "")) if secret]
+        parts = urlsplit(self.url)
+        # Milvus may have a token alone where PostgreSQL has a user's name
+        found += [parts.password, parts.netloc.rpartition("@")[0] if self.scheme == "milvus" else None]
+        secrets = [secret for secret in found if secret]
+        return [*secrets, *map(unquote, secrets)]  # as written, with percent signs, and as meant
 
 
 def parse_url(url: str) -> Address:
@@ -101,7 +101,7 @@ def parse_url(url: str) -> Address:
         raise ValueError(f"The address {kind}://{hosts}{path} names no table: expected {wanted}.")
     return Address(
         scheme=kind,
-        url=parts._replace(scheme=kind, path=path, query=urlencode(options), fragment="").geturl(),
+        url=parts._replace(scheme=kind, path=path, query=urlencode(options, quote_via=quote), fragment="").geturl(),
         table=table,
         shown=f"{kind}://{hosts}{path} ({'table' if kind == 'postgresql' else 'collection'} '{table}')",
         vector=own.get("vector"),
@@ -127,6 +127,7 @@ class Table(Protocol):
     address: Address
     description: dict[str, Any] | None  # what `ingest` wrote; None for a table of somebody else
     width: int | None
+    dtype: str  # "float16" or "float32"
     columns: dict[str, str]  # metadata columns, {name: Arrow type}
 
     def create(self, description: dict[str, Any]) -> None:
@@ -153,6 +154,9 @@ class Table(Protocol):
     def nearest(self, vectors: np.ndarray, k: int, where: dict[str, Any] | None) -> list[list[Any]]:
         """For each vector the keys of the `k` nearest items, nearest first."""
 
+    def matching(self, where: dict[str, Any]) -> list[Any]:
+        """The keys of all items that meet the conditions."""
+
     def fetch(self, keys: list[Any], hubness: str | None, latents: bool) -> dict[Any, Row]:
         """Those items that are there; `hubness` is a column's name."""
 
@@ -161,6 +165,9 @@ class Table(Protocol):
 
     def ids(self, rows: int) -> Iterator[list[str]]:
         """All ids, a page at a time."""
+
+    def close(self) -> None:
+        """End the connection."""
 
 
 def open_table(url: str | Address) -> Table:
@@ -187,111 +194,9 @@ def hubness_column(direction: str) -> str:
     return "altmoe_hubness_" + re.sub(r"\W+", "_", direction.replace("->", "_to_"))
 
 
-def _model_identity(model: AltMoEModel, direction: str) -> str:
+def identity(model: AltMoEModel, direction: str) -> str:
     """Changes with everything that an item's hubness scalar depends on."""
-    parts = [weights_identity(model.connector), weights_identity(model.score_banks), model.config.scoring]
-    return hashlib.sha256(json.dumps([*parts, direction], sort_keys=True).encode()).hexdigest()[:16]
-
-
-# -------------------------------------------------------------------- writing
-
-
-def _digest(latent: np.ndarray, values: list, tag: str) -> int:
-    told = hashlib.blake2b(latent.tobytes(), digest_size=8)
-    told.update(json.dumps([values, tag], default=str).encode())
-    return int.from_bytes(told.digest(), "big", signed=True)
-
-
-def ingest(
-    store: LatentStore,
-    url: str,
-    model: AltMoEModel | None = None,
-    directions: list[str] | None = None,
-    progress: bool = True,
-) -> dict[str, int]:
-    """Make a database hold what a store holds. Rows that are there already are not sent again, whatever interrupted the
-    last call; rows that the store no longer has are removed; the index is built when all rows are there.
-
-    Args:
-        store: the latents; memory stays flat whatever their number.
-        url: see `parse_url`; the table is made if it does not exist.
-        model: its hubness scalars are written for each direction into the store's modality; None: left empty.
-        directions: only these.
-        progress: show a bar.
-
-    Returns:
-        `{"written", "present", "deleted", "rows"}`.
-
-    Raises:
-        ValueError: the table holds latents of another protocol, modality or width, or was not made by this function.
-        ConnectionError, RuntimeError: the database cannot be reached or refuses; the message says what it said.
-    """
-    if model is not None and directions is None:
-        directions = [d for d in model.config.directions if model.config.resolve(d)[1] == store.modality]
-    for direction in directions or ():
-        _, target = model.config.resolve(direction)
-        store.check(target, model.config.encoders[target])
-    models = {direction: _model_identity(model, direction) for direction in directions or ()}
-    table = open_table(url)
-    if table.width is not None and table.description is None:
-        raise ValueError(
-            f"{table.address} exists and was not made by altmoe: it is searched as it is, not written to. "
-            "Choose another name, or import it with 'altmoe import'."
-        )
-    fields = ("modality", "encoder", "columns", "dtype")
-    description = {"altmoe": 1, **{name: shareable(store.description)[name] for name in fields}, "hubness": {}}
-    if table.description is not None:
-        Description(table).check(store.modality, store.encoder)
-        for name in ("columns", "dtype"):
-            if table.description[name] != description[name]:
-                raise ValueError(
-                    f"{table.address} was made with {name}={table.description[name]}, the store has "
-                    f"{description[name]}. Choose another name, or delete it there."
-                )
-        description["hubness"] = dict(table.description["hubness"])
-    # until all rows have a model's scalars, none are used
-    stale = [direction for direction, name in models.items() if description["hubness"].get(direction) != name]
-    description["hubness"].update(dict.fromkeys(stale))
-    table.create(description)
-    tag = json.dumps(models, sort_keys=True)
-    counts = {"written": 0, "present": 0, "deleted": 0}
-    with tqdm(total=len(store), desc=f"to {table.address.scheme}", unit="row", disable=not progress) as bar:
-        for ids, latents, columns in store.batches(max(1, BATCH_BYTES // (4 * store.latent_size))):
-            rows = np.ascontiguousarray(latents, dtype=np.float32)
-            values = list(zip(*(columns[name] for name in store.columns), strict=True)) or [()] * len(ids)
-            digests = [_digest(*item, tag) for item in zip(rows, values, strict=True)]
-            there = table.digests(ids)
-            new = [place for place, name in enumerate(ids) if there.get(name) != digests[place]]
-            scalars = {hubness_column(d): _hubness(model, d, rows[new]) for d in models} if new else {}
-            table.write(
-                [
-                    {"id": ids[place], "latent": rows[place], "altmoe_digest": digests[place]}
-                    | dict(zip(store.columns, values[place], strict=True))
-                    | {name: float(scalar[number]) for name, scalar in scalars.items()}
-                    for number, place in enumerate(new)
-                ]
-            )
-            counts["written"] += len(new)
-            counts["present"] += len(ids) - len(new)
-            bar.update(len(ids))
-    if table.count() != len(store):
-        for page in table.ids(10_000):
-            gone = [name for name in page if name not in store.known_ids]
-            table.delete(gone)
-            counts["deleted"] += len(gone)
-    table.finish()
-    description["hubness"].update(models)
-    table.describe(description)
-    return {**counts, "rows": table.count()}
-
-
-def _hubness(model: AltMoEModel, direction: str, latents: np.ndarray) -> np.ndarray:
-    """The last component of `item_vectors`, `(n,)`."""
-    items = item_vectors(model, model.postprocessing(direction), direction, torch.from_numpy(latents).to(model.device))
-    return items[:, -1].float().cpu().numpy()
-
-
-# -------------------------------------------------------------------- searching
+    return "-".join(model_fingerprint(model, direction).values())
 
 
 class Description:
@@ -343,9 +248,9 @@ class DatabaseBackend:
         self.description = Description(table, model, target)
         self.description.check(target, model.config.encoders[target])
         kept = (table.description or {}).get("hubness", {}).get(direction)
-        self.hubness = hubness_column(direction) if kept and kept == _model_identity(model, direction) else None
+        self.hubness = hubness_column(direction) if kept and kept == identity(model, direction) else None
         self._lock = threading.Lock()  # one question at a time on one connection
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, tuple[float, int]] = {}
         if not len(self):
             raise ValueError(f"{table.address} is empty: nothing can be found in it.")
 
@@ -353,10 +258,15 @@ class DatabaseBackend:
         return self._count(None)
 
     def _count(self, where: dict[str, Any] | None) -> int:
-        known = repr(where)
-        if known not in self._counts:
-            self._counts[known] = self.table.count(where)
-        return self._counts[known]
+        """Items that meet the conditions, as of the last minute: a database counts by looking at each row."""
+        now, condition = time.monotonic(), repr(where)
+        since, count = self._counts.get(condition, (-np.inf, 0))
+        if now - since > COUNTED_FOR:
+            count = self.table.count(where)
+            if len(self._counts) > 1000:
+                self._counts.clear()
+            self._counts[condition] = (now, count)
+        return count
 
     def describe(self) -> str:
         """What kind of index this is, in a few words."""
@@ -366,15 +276,16 @@ class DatabaseBackend:
         """See `Backend`."""
         with self._lock:
             candidates = self._count(where)
-            k = min(k, candidates)
-            found = [[]] * len(vectors)
-            if k:
+            if where is not None and candidates <= max(k, FEW):
+                found = [self.table.matching(where)] * len(vectors)
+            else:
+                k = min(k, candidates)
                 found = self.table.nearest(np.ascontiguousarray(vectors, dtype=np.float32), k, where)
             keys = list(dict.fromkeys(key for row in found for key in row))
             rows = self.table.fetch(keys, self.hubness, self.store is None)
         keys = [key for key in keys if key in rows]  # without what was deleted between the two questions
         place = {key: number for number, key in enumerate(keys)}
-        places = np.full((len(found), k), -1, dtype=np.int64)
+        places = np.full((len(found), max(map(len, found), default=0)), -1, dtype=np.int64)
         for number, row in enumerate(found):
             row = [place[key] for key in row if key in place]
             places[number, : len(row)] = row
@@ -399,13 +310,14 @@ class DatabaseBackend:
         )
 
     def _local_rows(self, ids: list[str]) -> np.ndarray:
-        try:
-            return np.asarray(self.store.rows_of(ids), dtype=np.int64)
-        except (KeyError, ValueError) as error:
+        rows = self.store.rows_of(ids)
+        if (rows < 0).any():
+            missing = [name for name, row in zip(ids, rows, strict=True) if row < 0]
             raise ValueError(
-                f"{self.table.address} holds an item that '{self.store.path}' does not ({error}): "
+                f"{self.table.address} holds items that '{self.store.path}' does not ({missing[:3]}): "
                 "run 'altmoe index' on the store again."
-            ) from error
+            )
+        return rows
 
 
 def open_database(model: AltMoEModel, store: LatentStore | None, direction: str, url: str) -> DatabaseBackend:

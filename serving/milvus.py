@@ -61,6 +61,8 @@ def among(name: str, values: list[Any]) -> str:
 class MilvusTable:
     """One collection, see `Table`."""
 
+    dtype = "float32"
+
     def __init__(self, address: Address):
         self.address, self.name = address, address.table
         with self._clear():
@@ -81,7 +83,7 @@ class MilvusTable:
             if not os.path.isdir(os.path.dirname(file)):
                 raise ValueError(f"{self.address}: there is no folder '{os.path.dirname(file)}'.")
             return MilvusClient(file, **settings)
-        settings["token"] = unquote(login) or os.environ.get("MILVUS_TOKEN", "")
+        settings["token"] = unquote(login).removeprefix(":") or os.environ.get("MILVUS_TOKEN", "")
         if "db" in options:
             settings["db_name"] = options["db"]
         scheme = "https" if options.get("secure", "").lower() in ("1", "true") else "http"
@@ -98,6 +100,10 @@ class MilvusTable:
             if re.search("connect|unavailable|auth|denied|privilege|timeout|deadline", message, re.IGNORECASE):
                 kind = ConnectionError
             raise kind(f"{self.address}: {message}") from None
+
+    def close(self) -> None:
+        """See `Table`."""
+        self.client.close()
 
     # ---------------------------------------------------------------- what is there
 
@@ -246,9 +252,14 @@ class MilvusTable:
                 anns_field=self.vector,
                 limit=k,
                 filter=self._where(where),
+                output_fields=[self.key],
                 search_params={"params": {"ef": 2 * k} if self.graph else {}},
             )
         return [list(hits.ids) for hits in found]
+
+    def matching(self, where: dict[str, Any]) -> list[Any]:
+        """See `Table`."""
+        return [row[self.key] for row in self._query(self._where(where), [])]
 
     def fetch(self, keys: list[Any], hubness: str | None, latents: bool) -> dict[Any, Row]:
         """See `Table`."""

@@ -20,7 +20,7 @@ from psycopg import sql
 from .databases import Address, Row, hubness_column
 
 OPERATORS = {"cosine": "<=>", "ip": "<#>", "l2": "<->"}
-COMPARISONS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "ne": "<>"}
+COMPARISONS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "ne": "<>", "eq": "="}
 INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions an index of pgvector can have
 MAX_EF = 1000  # pgvector's own limit
 
@@ -76,6 +76,11 @@ class PostgresTable:
             )
         self.version = tuple(int(part) for part in found[0].split(".")[:2])
         register_vector(connection)
+
+    def close(self) -> None:
+        """See `Table`."""
+        if self._connection is not None:
+            self._connection.close()
 
     # ---------------------------------------------------------------- what is there
 
@@ -167,6 +172,11 @@ class PostgresTable:
         if self.half and self.kind == "vector" and self.width <= INDEXED["halfvec"]:
             return sql.SQL("({}::halfvec({}))").format(sql.Identifier(self.vector), sql.Literal(self.width))
         return sql.Identifier(self.vector)
+
+    @property
+    def dtype(self) -> str:
+        """See `Table`."""
+        return "float16" if self.kind == "halfvec" else "float32"
 
     # ---------------------------------------------------------------- writing
 
@@ -267,24 +277,25 @@ class PostgresTable:
         """Conditions as SQL and its parameters; no value is ever part of the text."""
         parts, values = [], []
         for column, condition in (where or {}).items():
-            name = self._readable(self.key if column == "id" else column, text=column == "id")
             kind = "string" if column == "id" else self.columns[column]
+            name = self._readable(self.key if column == "id" else column, text=column == "id")
             if isinstance(condition, list):
                 parts.append(sql.SQL("{} = ANY(%s)").format(name))
                 values.append([self._value(kind, value) for value in condition])
                 continue
             pairs = condition.items() if isinstance(condition, dict) else [("eq", condition)]
             for sign, value in pairs:
-                parts.append(sql.SQL("{} " + COMPARISONS.get(sign, "=") + " %s").format(name))
                 values.append(self._value(kind, value))
+                order = sql.SQL(' COLLATE "C"' if isinstance(values[-1], str) and sign not in ("eq", "ne") else "")
+                parts.append(sql.SQL("{}{} " + COMPARISONS[sign] + " %s").format(name, order))
         return sql.SQL(" AND ").join([sql.SQL("{} IS NOT NULL").format(sql.Identifier(self.vector)), *parts]), values
 
     def _readable(self, column: str, text: bool = False) -> sql.Composable:
-        """A column as it is read and compared: what has no type of ours is text, by its bytes."""
-        name = sql.Identifier(column)
-        if text or arrow_type(self.types[column]) == "string":
-            return sql.SQL('({}::text COLLATE "C")').format(name)
-        return sql.SQL("{}::float8").format(name) if self.types[column] == "numeric" else name
+        """A column as it is read and compared: what is no number and no truth value is text."""
+        name, kind = sql.Identifier(column), self.types[column]
+        if kind == "numeric" and not text:
+            return sql.SQL("{}::float8").format(name)
+        return sql.SQL("{}::text").format(name) if kind != "text" and (text or arrow_type(kind) == "string") else name
 
     @staticmethod
     def _value(kind: str, value: Any) -> Any:
@@ -298,24 +309,30 @@ class PostgresTable:
                 self._compose(sql.SQL("SELECT count(*) FROM {t} WHERE {w}"), w=conditions), values
             ).fetchone()[0]
 
+    def _nearest_query(self, k: int, conditions: sql.Composable | None) -> sql.Composed:
+        """Its parameters: the conditions' values, then the vector."""
+        half = self.half and self.width <= INDEXED["halfvec"]
+        wanted = sql.SQL("%s::{}({})").format(sql.SQL("halfvec" if half else self.kind), sql.Literal(self.width))
+        return self._compose(
+            sql.SQL("SELECT {k} FROM {t} WHERE {w} ORDER BY {s} " + self.operator + " {q} LIMIT {n}"),
+            **{"w": conditions or self._where(None)[0], "s": self._searched(), "q": wanted, "n": sql.Literal(k)},
+        )
+
     def nearest(self, vectors: np.ndarray, k: int, where: dict[str, Any] | None) -> list[list[Any]]:
         """See `Table`."""
         conditions, values = self._where(where)
-        wanted = sql.SQL("%s::{}({})").format(
-            sql.SQL("halfvec" if self.half and self.width <= INDEXED["halfvec"] else self.kind), sql.Literal(self.width)
-        )
-        query = self._compose(
-            sql.SQL("SELECT {k} FROM {t} WHERE {w} ORDER BY {s} " + self.operator + " {q} LIMIT {n}"),
-            **{"w": conditions, "s": self._searched(), "q": wanted, "n": sql.Literal(k)},
-        )
+        query = self._nearest_query(k, conditions)
         settings = {"hnsw.ef_search": min(MAX_EF, 2 * k), "ivfflat.probes": max(1, 2 * math.isqrt(self.lists))}
+        if self.index:  # the planner takes a long short list for a reason to read the whole table
+            settings |= {"enable_seqscan": "off"}
         if self.version >= (0, 8):  # under a condition the index goes on until it has found enough
             settings |= {"hnsw.iterative_scan": "strict_order", "ivfflat.iterative_scan": "relaxed_order"}
-        exact = {"enable_indexscan": "off"}
         with self._session() as connection:
             found = self._ask(connection, query, settings, vectors, values)
             if min(map(len, found)) < k:  # an index may miss what a rare condition leaves: look at every row
-                found = self._ask(connection, query, exact, vectors, values)
+                found = self._ask(
+                    connection, query, {"enable_indexscan": "off", "enable_seqscan": "on"}, vectors, values
+                )
         return found
 
     @staticmethod
@@ -329,6 +346,13 @@ class PostgresTable:
                 found.append([key for (key,) in cursor.fetchall()])
                 if not cursor.nextset():
                     return found
+
+    def matching(self, where: dict[str, Any]) -> list[Any]:
+        """See `Table`."""
+        conditions, values = self._where(where)
+        with self._session() as connection:
+            query = self._compose(sql.SQL("SELECT {k} FROM {t} WHERE {w}"), w=conditions)
+            return [key for (key,) in connection.execute(query, values)]
 
     def fetch(self, keys: list[Any], hubness: str | None, latents: bool) -> dict[Any, Row]:
         """See `Table`."""

@@ -39,35 +39,35 @@ def postgres_server() -> Iterator[str]:
     user = {"user": "nobody"} if os.geteuid() == 0 else {}
     if user:
         shutil.chown(root, "nobody")
-    port, running = free_port(), None
+    port, data = free_port(), root / "data"
     password = root / "password"
     password.write_text(PASSWORD)
     password.chmod(0o644)
+
+    def call(program: str, *words) -> subprocess.CompletedProcess:
+        return subprocess.run([binaries / program, "-D", data, *words], **user, capture_output=True, text=True)
+
     try:
-        make = [
-            binaries / "initdb",
-            "-D",
-            root / "data",
+        made = call(
+            "initdb",
             "-U",
             "altmoe",
             "--auth=scram-sha-256",
             f"--pwfile={password}",
-        ]
-        made = subprocess.run([*make, "--no-sync", "-E", "UTF8", "--locale=C"], **user, capture_output=True, text=True)
+            "--no-sync",
+            "-E",
+            "UTF8",
+            "--locale=C",
+        )
         if made.returncode:
-            pytest.skip(f"initdb does not run here: {made.stderr.strip() or made.stdout.strip()}")
+            pytest.skip(f"PostgreSQL does not run here: {made.stderr.strip() or made.stdout.strip()}")
         settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": root, "fsync": "off"}
-        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        with open(root / "log", "w") as log:
-            running = subprocess.Popen(
-                [binaries / "postgres", "-D", root / "data", *options], **user, stdout=log, stderr=log
-            )
-        wait_for(port, running, root / "log")
+        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+        started = call("pg_ctl", "-w", "-l", root / "log", "-o", options, "start")
+        assert started.returncode == 0, (started.stdout, started.stderr)
         yield f"postgresql://altmoe:{QUOTED}@127.0.0.1:{port}/postgres"
     finally:
-        if running is not None:
-            running.terminate()
-            running.wait(20)
+        call("pg_ctl", "-m", "immediate", "stop")
         shutil.rmtree(root, ignore_errors=True)
 
 

@@ -218,7 +218,7 @@ def test_what_cannot_be_right_is_named_before_anything_is_written(matrix, run, t
     np.savez(tmp_path / "two.npz", a=matrix, b=matrix)
     assert "several could be the vectors (a, b): choose with --vectors" in refused(capsys, run, tmp_path / "two.npz")
     assert "No file" in refused(capsys, run, tmp_path / "none.npy")
-    assert "unknown kind of source 'redis'" in refused(capsys, run, "redis://here")
+    assert "'redis://...' is an unknown kind of source" in refused(capsys, run, "redis://here")
     (tmp_path / "short.txt").write_text("one\ntwo")
     message = refused(capsys, run, write(".npy", tmp_path, matrix), "--ids", tmp_path / "short.txt")
     assert "has 2 rows" in message and "has 15 vectors" in message

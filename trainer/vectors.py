@@ -5,6 +5,7 @@ Comes in: a file (.npy, .npz, .safetensors, .parquet, a FAISS index), a data set
 under `@source(...)`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def open_source(name: str, vectors: str | None = None, **options: Any) -> Vector
     """
     scheme, suffix = name.split("://")[0] if "://" in name else "", Path(name).suffix
     if scheme and scheme not in KINDS:
-        raise ValueError(f"'{name}': unknown kind of source '{scheme}'. Known: {', '.join(sorted(KINDS))}.")
+        raise ValueError(f"'{scheme}://...' is an unknown kind of source. Known: {', '.join(sorted(KINDS))}.")
     kind = KINDS.get(scheme or suffix)
     if kind and not scheme and not Path(name).is_file():
         raise FileNotFoundError(f"No file '{name}'.")
@@ -191,6 +192,25 @@ def open_parquet(name: str, vectors: str | None = None) -> VectorSource:
             yield pa.Table.from_batches([batch])
 
     return _of_arrow(name, vectors, file.schema_arrow, file.metadata.num_rows, tables)
+
+
+@source("milvus", "postgresql", "postgres")
+def open_database_table(name: str, vectors: str | None = None) -> VectorSource:
+    """A Milvus collection or a pgvector table, a page at a time; the address is explained by `serving.databases.parse_url`.
+    Rows without a vector are left out."""
+    from serving.databases import open_table, parse_url
+
+    address = parse_url(name)
+    address.vector = vectors or address.vector
+    table = open_table(address)
+    if table.width is None:
+        raise ValueError(f"{address} does not exist.")
+    plain = re.compile("u?int|float|bool")  # a database keeps the other types as text
+    columns = {column: kind if plain.match(kind) else "string" for column, kind in table.columns.items()}
+    rows = table.count()
+    return VectorSource(
+        str(address), table.width, lambda: table.pages(ROWS), rows, table.dtype, columns, reads_twice=False
+    )
 
 
 def open_dataset(name: str, vectors: str | None = None, split: str = "train") -> VectorSource:

@@ -4,6 +4,7 @@ Comes in: captions, images (PIL, file, array), sounds. Goes out: one `BatchFeatu
 modality. Every item is checked first; a bad one gets an error that says which item, what was wrong and what to do.
 """
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -103,20 +104,24 @@ def read_audio(item, sampling_rate: int) -> np.ndarray:
     """A checked mono signal `(samples,)` at the encoder's rate.
 
     Args:
-        item: an array, `{"array", "sampling_rate"}` as in `datasets`, or a file name (decoded by transformers'
-            `load_audio`).
+        item: an array, `{"array", "sampling_rate"}` or `{"bytes", "path"}` as in `datasets`, or a file name (decoded by
+            transformers' `load_audio`).
         sampling_rate: Hz that the encoder expects.
 
     Raises:
         ItemError: empty, not finite, of another rate, or unreadable.
     """
-    if isinstance(item, (str, os.PathLike)):
+    if isinstance(item, dict) and "array" not in item:
+        item = item.get("bytes") or item.get("path")
+    if isinstance(item, (str, os.PathLike, bytes)):
         from transformers.audio_utils import load_audio
 
+        name = "the sound" if isinstance(item, bytes) else f"'{item}'"
+        encoded = base64.b64encode(item).decode() if isinstance(item, bytes) else str(item)
         try:
-            item = load_audio(str(item), sampling_rate=sampling_rate)
+            item = load_audio(encoded, sampling_rate=sampling_rate)
         except Exception as error:  # decoders differ in what they raise
-            raise ItemError(f"'{item}' cannot be read as sound ({error})") from error
+            raise ItemError(f"{name} cannot be read as sound ({error})") from error
     if isinstance(item, dict):
         if item.get("sampling_rate") != sampling_rate:
             raise ItemError(

@@ -19,9 +19,9 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from modeling_altmoe import AltMoEModel
-from trainer.encode import open_data
 from trainer.evaluate import read_run
 from trainer.evaluation import format_table
+from trainer.items import RawItems, open_data
 from trainer.measuring import modality_pairs, partnered_rows, retrieval_data
 from trainer.train import open_parts, open_stores
 
@@ -65,7 +65,7 @@ def held_out_tasks(run: str, data: str, columns: dict[str, str], part: str = "te
 
     Args:
         run: folder written by `altmoe train`.
-        data: the data set of its pictures and captions, one row a pair, with the stores' ids in the column `id`.
+        data: the data set of its pictures and captions, one row a pair, with the ids that the stores have.
         columns: `{modality: column of its raw items}`.
         part: `"test"` or `"validation"`.
 
@@ -74,18 +74,16 @@ def held_out_tasks(run: str, data: str, columns: dict[str, str], part: str = "te
 
     Raises:
         FileNotFoundError: the run has no recipe.
-        ValueError: a modality without a column, or an item of the stores that is not in the data.
+        ValueError: no direction between two modalities with columns, or an item of the stores that is not in the data.
     """
     recipe = read_run(run)
     model = AltMoEModel.from_pretrained(run, load_encoders=False)
-    parts, data = open_parts(model, open_stores(recipe["stores"]), recipe), open_data(data)
-    place = {str(name): row for row, name in enumerate(data["id"])}
-    tasks = {}
-    for pair in modality_pairs(model.directions)[0]:
+    parts, raw, tasks = open_parts(model, open_stores(recipe["stores"]), recipe), open_data(data), {}
+    for pair in (p for p in modality_pairs(model.directions)[0] if set(p) <= set(columns)):
         found, items = retrieval_data(parts[part], pair), {}
         for modality, rows in partnered_rows(parts[part], pair).items():
-            if modality not in columns:
-                raise ValueError(f"Which column holds the raw {modality} items? Known: {columns}.")
+            ids = (name for block in RawItems(data, columns[modality]).blocks() for name in block.ids)
+            place = {name: row for row, name in enumerate(ids)}
             keys = [parts[part].keys[modality][row] for row in rows]
             missing = [key for key in keys if key not in place]
             if missing or len(set(keys)) < len(keys):
@@ -94,7 +92,7 @@ def held_out_tasks(run: str, data: str, columns: dict[str, str], part: str = "te
                     f"{len(keys) - len(set(keys))} share an id with another. Expected one row a pair."
                 )
             items[modality] = (
-                data.select([place[key] for key in keys])
+                raw.select([place[key] for key in keys])
                 .select_columns(columns[modality])
                 .rename_columns({columns[modality]: modality})
             )
@@ -103,6 +101,8 @@ def held_out_tasks(run: str, data: str, columns: dict[str, str], part: str = "te
             relevant = found.relevant_for(direction).numpy()
             name = f"AltMoE{source.title()}To{target.title()}"
             tasks[direction] = HeldOutRetrieval(name, source, target, items[source], items[target], relevant)
+    if not tasks:
+        raise ValueError(f"No direction of {', '.join(model.directions)} is between two of: {', '.join(columns)}.")
     return tasks
 
 

@@ -122,7 +122,17 @@ def drive(server: Running, folder: Path, kind: str, bodies: tuple[int, str], cli
     names = ("altmoe_batch_size_sum", "altmoe_batch_size_count", "process_cpu_seconds_total")
     before = [server.metric(name) for name in names]
     script = str(Path(__file__).with_suffix(".lua"))
-    tool = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "--timeout", "120s", "-s", script, f"{server.url}/search"]
+    tool = [
+        "wrk",
+        "-t1",
+        f"-c{clients}",
+        f"-d{seconds:.0f}s",
+        "--timeout",
+        "120s",
+        "-s",
+        script,
+        f"{server.url}/search",
+    ]
     said = subprocess.run(
         [*tool, "--", str(folder / kind), *map(str, bodies)], capture_output=True, text=True, check=True
     )

@@ -530,6 +530,19 @@ class LatentStore:
         """The metadata of one row."""
         return {name: self.column(name, [row])[0] for name in self.columns}
 
+    def records(self, rows) -> list[dict[str, Any]]:
+        """Id and metadata of some rows, `[{"id": ..., column: value, ...}, ...]`; only these are read, all columns at once.
+
+        Raises:
+            IndexError: a row out of range.
+        """
+        result: list[dict[str, Any]] = [{}] * len(np.asarray(rows).reshape(-1))
+        for shard, here, numbers in self._parts(rows):
+            found = shard.table.select(["id", *self.columns]).take(pa.array(shard.places(numbers)))
+            for place, record in zip(here, found.to_pylist(), strict=True):
+                result[place] = record
+        return result
+
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Row numbers of some ids, `(len(ids),)` int64; -1 for an id that is not there."""
         ids = list(map(str, ids))

@@ -426,9 +426,8 @@ class AltMoEModel(AltMoEPreTrainedModel):
         )
         per_item = per_audio if per_image is None else per_image
         alone = next(iter(targets.values())) if len(targets) == 1 else None
-        if (
-            alone is not None
-        ):  # pipelines take such batches apart again; they can with a ModelOutput, with a dict they cannot
+        if alone is not None:
+            # transformers' pipelines take such a batch apart again, which they can do with a ModelOutput, not with a dict
             targets, directions = ModelOutput(targets), ModelOutput(directions) if directions else None
         result = AltMoEOutput(
             loss=torch.stack(losses).mean() if losses else None,

@@ -131,9 +131,17 @@ class LatentIndex:
             coarse = F.normalize(queries[:, : self.store.latent_size], dim=-1)
             found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 400), wanted), where)
             places, scores = self._rank_again(queries, found)
-        results = []
-        for row, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True):
-            results.append(Hits(self._hit(found, *hit) for hit in zip(row, values, strict=True) if hit[0] >= 0))
+        rows = [None] * len(found.ids) if found.rows is None else found.rows.tolist()
+        results = [
+            Hits(
+                [
+                    Hit(rows[place], found.ids[place], score, dict(found.columns(place)))
+                    for place, score in zip(best, values, strict=True)
+                    if place >= 0
+                ]
+            )
+            for best, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
+        ]
         if self.calibration:
             counts = (places[:, :SHORT_LIST] >= 0).sum(1)  # the same for all queries but under rare conditions
             size = len(self) if found.candidates is None else found.candidates
@@ -158,11 +166,6 @@ class LatentIndex:
         scores, order = scores.masked_fill(places < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
         return places.gather(1, order).numpy(), scores.numpy()
 
-    @staticmethod
-    def _hit(found: ShortList, place: int, score: float) -> Hit:
-        row = None if found.rows is None else int(found.rows[place])
-        return Hit(row, found.ids[place], score, found.columns(place))
-
 
 def open_index(
     model: AltMoEModel, store: LatentStore | None, direction: str, index: str = "auto", **options
@@ -185,7 +188,8 @@ def open_index(
         try:  # by name: the service's code does not travel with a checkpoint
             databases = importlib.import_module("serving.databases")
         except ImportError as error:
-            raise ImportError(f"'{index}' is a database, which needs the altmoe package installed.") from error
+            scheme = index.partition("://")[0]  # what follows may hold a password
+            raise ImportError(f"{scheme}:// is a database, which needs the altmoe package installed.") from error
         backend = databases.open_database(model, store, direction, index)
         return LatentIndex(model, backend.description if store is None else store, direction, backend, **options)
     return LatentIndex(model, store, direction, index, **options)

@@ -6,8 +6,9 @@ blocks: the anchor's latent space (text, where there is one) and the space of ea
     item x of the anchor A:   [ g_A(x),   r_m q_A->m(x), ... ]
     item y of modality m:     [ q_m->A(y), r_m g_m(y) ]           r_m^2 = s_m->A / s_A->m
 
-q, g, s: query vector, gallery vector and scale of `scoring_altmoe`. So x.y is the both-direction score without its hubness
-term, up to a factor that all pairs of two modalities share (for two modalities in all: cosine = score / (1/s + 1/s')).
+q, g, s: query vector, gallery vector and scale of `scoring_altmoe`. So x.y is the both-direction score (w = 1, as training
+sets it) without its hubness term, up to a factor that all pairs of two modalities share (for two modalities in all:
+cosine = score / (1/s + 1/s')).
 Either side may be the query. Items of one modality are compared by their own latent and by what they predict; two
 modalities that are no anchor, through their predictions of the anchor.
 """
@@ -44,7 +45,6 @@ class AltMoEEmbedder(nn.Module):
     """
 
     save_in_root = True
-    config_keys: list[str] = []
 
     def __init__(self, model, processor):
         super().__init__()
@@ -67,6 +67,10 @@ class AltMoEEmbedder(nn.Module):
         """Tokens of a caption; longer ones are cut."""
         return getattr(self.tokenizer, "model_max_length", None)
 
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        self.tokenizer.model_max_length = tokens
+
     def get_embedding_dimension(self) -> int:
         """Width of the joint space."""
         return sum(self.model.config.latent_size(target) for target in self._blocks())
@@ -87,9 +91,7 @@ class AltMoEEmbedder(nn.Module):
         try:  # not at the top: loading a checkpoint needs no sentence-transformers
             from sentence_transformers.base.modality import infer_batch_modality
         except ImportError as error:
-            raise ImportError(
-                "Pictures and sounds need sentence-transformers 6: pip install -U sentence-transformers."
-            ) from error
+            raise ImportError("This needs sentence-transformers 6: pip install -U sentence-transformers.") from error
         kind = infer_batch_modality(inputs, supported_modalities=self.modalities)
         modality = self._meant(kind)
         if modality is None:

@@ -331,6 +331,16 @@ def test_the_readmes_neighbours_work_and_mteb_finds_what_we_find(place, monkeypa
     assert rows[0][1:4] == ["hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10"] and len(rows) == 4
 
 
+def test_mteb_refuses_data_of_other_items(place, tmp_path):
+    columns = {"image": "image", "text": "caption"}
+    other = Dataset.from_dict({"id": ["x"], "image": [picture("red", 1)], "caption": ["a"]})
+    other.save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="10 of 10 items are not in the data"):
+        mteb_task.held_out_tasks(str(place / "run"), str(tmp_path / "other"), columns)
+    with pytest.raises(ValueError, match="is between two of: audio, text"):
+        mteb_task.held_out_tasks(str(place / "run"), str(place / "data"), {"audio": "sound", "text": "caption"})
+
+
 # ---------------------------------------------------------------- bad input
 
 

@@ -97,6 +97,16 @@ def test_forms_of_items_and_prompts(two, tmp_path):
     np.testing.assert_array_equal(two.encode_query("a cat"), two.encode_document("a cat"))
 
 
+def test_captions_are_cut_where_the_user_says(two):
+    assert two.max_seq_length == 32
+    two.max_seq_length = 4  # [CLS] a cat [SEP]
+    try:
+        np.testing.assert_array_equal(two.encode("a cat house tree"), two.encode("a cat"))
+    finally:
+        two.max_seq_length = 32
+    assert np.abs(two.encode("a cat house tree") - two.encode("a cat")).max() > 1e-3
+
+
 def test_three_modalities_meet_at_text(processors):
     three = neighbour(processors, {"image": tiny_vit(), "text": tiny_bert(), "audio": tiny_ast()})
     model = three[0].model
@@ -171,7 +181,7 @@ def test_mistakes_are_named(two, processors):
 FRESH = """
 import json, sys
 sys.modules["modeling_altmoe"] = None  # importing it fails
-from peft import LoraConfig
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 vectors = []
 for name in sys.argv[1:]:

@@ -4,9 +4,12 @@ import asyncio
 import io
 import json
 import re
+import shlex
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 import wave
@@ -213,6 +216,18 @@ def test_concurrent_queries_share_batches_and_get_their_own_answers(server, clie
     assert server.metric("altmoe_requests_inside") == server.metric("altmoe_queue_length") == 0
     for stage in ("read", "encode", "connector", "search"):
         assert server.metric(f'altmoe_stage_seconds_sum{{stage="{stage}"}}') > 0
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_examples_of_the_readme_run_as_printed(server, tmp_path):
+    (tmp_path / "build/hub/altmoe-stamps").mkdir(parents=True)
+    (tmp_path / "build/hub/altmoe-stamps/example.png").write_bytes(png("red"))
+    shown = re.findall(r"^curl .*", README, re.MULTILINE)
+    assert len(shown) == 4
+    for line in shown:
+        words = shlex.split(line.replace("http://127.0.0.1:8000", server.url))
+        answer = json.loads(subprocess.run(words, cwd=tmp_path, capture_output=True, check=True).stdout)
+        assert answer.get("status") == "ready" or len(answer["hits"]) == 3, (line, answer)
 
 
 # ---------------------------------------------------------------- bad input

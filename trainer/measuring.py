@@ -37,6 +37,7 @@ def served_direction(pairs: LatentPairs, pair: tuple[str, str]) -> str:
 
 
 def partnered_rows(pairs: LatentPairs, pair: tuple[str, str]) -> dict[str, np.ndarray]:
+    """The rows of two modalities that have a partner, `{modality: (n,)}`."""
     direction = served_direction(pairs, pair)
     keys = np.unique(pairs.key_codes[direction.partition("->")[0]][pairs.rows[direction]])
     return {m: np.flatnonzero(np.isin(pairs.key_codes[m], keys)) for m in pair}

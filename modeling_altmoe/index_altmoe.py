@@ -227,7 +227,7 @@ class LocalBackend:
         except RuntimeError as error:
             raise ValueError(
                 f"Unknown index '{self.factory}': expected auto, exact, a FAISS factory string such as IVF1024,RaBitQ or "
-                f"HNSW16, or a database's address. FAISS says: {str(error).splitlines()[-1]}"
+                f"HNSW16, or a database's address. FAISS says: {str(error).splitlines()[-1].rpartition(': ')[2]}"
             ) from error
         if not self.index.is_trained:
             inverted = faiss.try_extract_index_ivf(self.index)

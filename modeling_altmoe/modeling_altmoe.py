@@ -121,7 +121,7 @@ class AltMoEModel(AltMoEPreTrainedModel):
             encoders: `{modality: Hub name, local folder or loaded model}`.
             directions: e.g. `["image->text", "text->image"]`; None means every ordered pair.
             protocols: how latents are made, where it differs from `LatentProtocol`'s defaults:
-                `{modality: {"pooling": ..., "layers": ..., "prompt": ..., "normalize": ...}}`.
+                `{modality: {"pooling": ..., "layers": ..., "combine": ..., "prompt": ..., "normalize": ...}}`.
             processors: tokenizers, image processors, ...; their settings join the protocol.
             revisions: branch, tag or commit for each Hub name; the commit found is pinned.
             lora: `{modality: peft.LoraConfig}` for encoders that are adapted.

@@ -162,7 +162,8 @@ class LatentIndex:
         device = queries.device
         hubness = None if found.hubness is None else found.hubness.to(device)
         items = item_vectors(self.model, self.post, self.direction, found.latents.to(device), hubness)
-        scores = torch.bmm(items[places.clamp(min=0).to(device)], queries[:, :, None])[..., 0].cpu()  # (queries, k)
+        some = places.clamp(min=0).to(device)  # a query at a time, which needs little memory
+        scores = torch.stack([items[of] @ query for of, query in zip(some, queries, strict=True)]).cpu()  # (queries, k)
         scores, order = scores.masked_fill(places < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
         return places.gather(1, order).numpy(), scores.numpy()
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor, LatentProtocol, LatentStore
 from modeling_altmoe.attaching_altmoe import infer_latent_size, load_encoder, verify_encoder
 from modeling_altmoe.configuration_altmoe import unknown_name_message
-from modeling_altmoe.encoding_altmoe import POOLINGS, encode_latents
+from modeling_altmoe.encoding_altmoe import COMBINATIONS, POOLINGS, encode_latents
 from modeling_altmoe.latents_altmoe import DESCRIPTION, DTYPES
 from modeling_altmoe.processing_altmoe import ItemError
 from trainer.encode import load_processor, prepare_encoder
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", help="made by this encoder: Hub name or folder")
     parser.add_argument("--revision", help="branch, tag or commit of the encoder")
     parser.add_argument("--pooling", default="mean", choices=POOLINGS, help="pooling over tokens (default: mean)")
-    parser.add_argument("--layers", type=int, nargs="+", help="hidden states that were averaged (default: the last)")
+    parser.add_argument("--layers", type=int, nargs="+", help="hidden states that were used (default: the last)")
+    parser.add_argument("--combine", default="mean", choices=COMBINATIONS, help="several layers: mean or concat")
     parser.add_argument("--prompt", default="", help="text that was put before every item")
     parser.add_argument(
         "--unnormalized", action="store_true", help="the encoder's protocol does not divide by the norm"
@@ -119,8 +120,11 @@ def find_protocol(arguments: argparse.Namespace, source: VectorSource) -> tuple[
 
 def _protocol_of_encoder(arguments: argparse.Namespace, source: VectorSource) -> tuple[dict[str, Any], Callable]:
     revision = {"revision": arguments.revision} if arguments.revision else {}
-    with contextlib.suppress(OSError):  # before any weights are loaded; loading them says what is wrong
-        _check_width(arguments, infer_latent_size(AutoConfig.from_pretrained(arguments.encoder, **revision)), source)
+    if arguments.combine == "mean":
+        with contextlib.suppress(OSError):  # before any weights are loaded; loading them says what is wrong
+            _check_width(
+                arguments, infer_latent_size(AutoConfig.from_pretrained(arguments.encoder, **revision)), source
+            )
     named = argparse.Namespace(**{**vars(arguments), "normalize": not arguments.unnormalized})
     encoder, own, entry = prepare_encoder(named)
     _check_width(arguments, entry["latent_size"], source)

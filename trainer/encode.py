@@ -273,7 +273,9 @@ def main(arguments: EncodeArguments) -> None:
 
         return check(arguments)
     result = encode(arguments)
-    if not PartialState().is_main_process:
+    ranks = PartialState()
+    ranks.destroy_process_group()
+    if not ranks.is_main_process:
         return
     print(
         f"{arguments.out}: {result['rows']} latents ({result['written']} new, {result['present']} already there, "

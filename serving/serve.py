@@ -5,6 +5,7 @@ is inside, refusing what is new (503), and ending with exit code 0.
 """
 
 import argparse
+import gc
 import logging
 import socket
 
@@ -92,4 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
     logging.getLogger("altmoe.serve").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
     for direction, index in engine.indexes.items():
         print(f"{direction}: {index.describe()}", flush=True)
-    serve(Service(engine, limits), own)
+    service = Service(engine, limits)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: collecting through all of it stalled every request for up to a second
+    serve(service, own)

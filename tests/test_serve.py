@@ -204,13 +204,13 @@ def test_concurrent_queries_share_batches_and_get_their_own_answers(server, clie
 
     def ask(number: int) -> None:
         with httpx.Client(base_url=server.url, timeout=60) as own:
-            for turn in range(number, number + 20):
+            for turn in range(number, number + 12):
                 request = turn * 7 % len(asked)
                 assert same(found(own.post("/search", **asked[request])), alone[request]), asked[request]
 
     with ThreadPoolExecutor(32) as threads:
         list(threads.map(ask, range(32)))
-    answered = 32 * 20
+    answered = 32 * 12
     assert server.metric("altmoe_batch_size_count") - batches < answered / 2  # more than two a batch
     assert server.metric('altmoe_requests_total{status="200"}') >= answered
     assert server.metric("altmoe_requests_inside") == server.metric("altmoe_queue_length") == 0
@@ -410,13 +410,13 @@ def test_start_up_errors_are_one_sentence(capsys, flags, tmp_path):
         said = refuses_to_start(capsys, *flags, "--port", port)
     assert re.fullmatch(rf"error: Cannot listen on 127.0.0.1, port {port} .*: choose another --port or --host.\n", said)
     free = [*model, "--port", "0", "--store"]
-    assert (
-        "no altmoe checkpoint" in refuses_to_start(capsys, "--model", str(tmp_path), "--store", "a=b", "--port", "0")
-        or 1
-    )
     assert "expected MODALITY=STORE" in refuses_to_start(capsys, *free, image)
     assert "already" in refuses_to_start(capsys, *free, f"image={image}", "--store", f"image={image}")
-    assert "holds 'image'" in refuses_to_start(capsys, *free, f"text={image}") or 1
+    assert "holds 'image' latents, expected 'text'" in refuses_to_start(capsys, *free, f"text={image}")
+    assert "No LatentStore at" in refuses_to_start(capsys, *free, f"image={tmp_path}")
+    assert str(tmp_path) in refuses_to_start(
+        capsys, "--model", str(tmp_path), "--store", f"image={image}", "--port", "0"
+    )
     assert "Unknown modality" in refuses_to_start(capsys, *free, f"smell={image}")
     assert "--timeout 0" in refuses_to_start(capsys, *flags, "--timeout", "0")
     assert "Unknown index" in refuses_to_start(capsys, *flags, "--port", "0", "--index", "nothing")
@@ -470,6 +470,9 @@ def test_the_batcher_keeps_order_and_bounds():
 
     results = run_batcher(work, scenario, max_batch=8)
     assert max(sizes) == 8 and sum(sizes) == 50
+    sizes.clear()
+    run_batcher(work, scenario, max_batch=8, weight=lambda item: 3)
+    assert max(sizes) == 3 and sum(sizes) == 50
     for item, result in enumerate(results):
         assert isinstance(result, ValueError) and result.args == (item,) if item % 10 == 3 else result == -item
 

@@ -40,6 +40,7 @@ DEFAULT, CONNECTOR, SMALL, NARROW = "default", "connector alone", "batches of 16
 UPDATES = {"stamps-languages": 40}  # updates of each direction, where 150 would take too long
 JOINT = {"schedule": "joint"}
 EQUAL_UPDATES = {"schedule": "joint", "equal": "updates"}
+LARGER_STEPS = {**EQUAL_UPDATES, "rate": "root"}  # is it only the number of steps?
 # name: (reference, what differs from it)
 PARTS = {
     DEFAULT: (None, {}),
@@ -48,8 +49,9 @@ PARTS = {
     "joint instead of alternating": (DEFAULT, JOINT),
     CONNECTOR: (None, ALONE),
     "one dense expert of equal active size": (CONNECTOR, {"num_experts": 1, "top_k": 1, "moe_intermediate_size": 128}),
-    "joint, equal steps (twice the updates)": (CONNECTOR, JOINT),
-    "joint, equal updates (half the steps)": (CONNECTOR, EQUAL_UPDATES),
+    "joint, equal steps (T times the updates)": (CONNECTOR, JOINT),
+    "joint, equal updates (steps / T)": (CONNECTOR, EQUAL_UPDATES),
+    "joint, equal updates, learning rate x root of T": (CONNECTOR, LARGER_STEPS),
     "blocks of 10 steps": (CONNECTOR, {"schedule": "blocks"}),
     "one gate for both terms": (CONNECTOR, {"num_gates": 1}),
     "one pool a modality": (CONNECTOR, {"expert_pool": "per_modality"}),
@@ -68,7 +70,7 @@ PARTS = {
     "narrow: joint, equal updates": (NARROW, EQUAL_UPDATES),
     "narrow: joint, equal steps": (NARROW, JOINT),
 }
-QUICK = (CONNECTOR, "one dense expert of equal active size", "joint, equal updates (half the steps)")
+QUICK = (CONNECTOR, "one dense expert of equal active size", "joint, equal updates (steps / T)")
 SCHEDULES = tuple(name for name, (reference, changes) in PARTS.items() if name in (CONNECTOR, SMALL, NARROW) or (
     reference in (CONNECTOR, SMALL, NARROW) and changes.get("schedule") == "joint"))  # fmt: skip
 
@@ -77,6 +79,8 @@ def settings_of(name: str, directions: int = 2, updates: int = 150) -> dict:
     """A variant's flags: its reference's, then its own, then the steps that its schedule needs for so many updates."""
     reference, changes = PARTS[name]
     settings = {**(PARTS[reference][1] if reference else {}), **changes}
+    if settings.pop("rate", None):
+        settings["learning_rate"] = round(1e-3 * directions**0.5, 6)
     steps = updates if settings.pop("equal", None) == "updates" else updates * directions
     # as many evaluations whatever the number of steps, and all at whole rounds of the directions
     evaluations = {"eval_steps": max(1, steps // 12), "save_steps": max(1, steps // 12)}

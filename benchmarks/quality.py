@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from subprocess import CalledProcessError
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: measured faster than two threads
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -168,13 +169,16 @@ def run_all(jobs: list[tuple[Job, dict]], processes: int) -> None:
 
     if processes == 1 or len(jobs) < 2:
         for number, (job, stores) in enumerate(jobs, start=1):
-            run_job(job, stores)
-            told(job, number, None)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(run_job, job, stores): job for job, stores in jobs}
-        for number, done in enumerate(as_completed(running), start=1):
-            told(running[done], number, done.exception())
+            try:
+                run_job(job, stores)
+                told(job, number, None)
+            except Exception as error:
+                told(job, number, error)
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(run_job, job, stores): job for job, stores in jobs}
+            for number, done in enumerate(as_completed(running), start=1):
+                told(running[done], number, done.exception())
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} measurements failed: {'; '.join(failed[:5])}")
 
@@ -194,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=list(range(5)), help="splits (default: 0 1 2 3 4)")
     add("--slow_seeds", type=int, default=3, help="so many of them for slow methods and for curves (default: 3)")
     add("--concepts", type=int, nargs="+", default=[0], help="training concepts, 0: all; several draw a curve")
-    add("--full_curve", action="store_true", help="the curve for all methods and splits, not only for the quick ones")
+    add("--full_curve", action="store_true", help="the curve for slow methods, too")
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     add("--again", nargs="+", default=[], choices=METHODS, metavar="METHOD", help="measure these anew")
     add("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
@@ -218,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not given.data and (given.all or data_sets.is_there("icons")):
                 names.append("icons")
             asked = {name: (data_sets.store_folders if given.show else data_sets.prepare)(name) for name in names}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CalledProcessError) as error:
         line.error(str(error))
     if not given.show:
         jobs = []

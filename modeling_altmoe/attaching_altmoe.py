@@ -53,7 +53,7 @@ def describe_encoder(
         encoder: a `PreTrainedModel`.
         name_or_path: Hub name or folder; None for an instance made in memory.
         revision: the commit on the Hub; None for local weights, whose hash then is the protocol's identity.
-        protocol: fields of `LatentProtocol` that differ from the defaults (pooling, layers, prompt, normalize).
+        protocol: fields of `LatentProtocol` that differ from the defaults (pooling, layers, combine, prompt, normalize).
         processor: its tokenizer, image processor or feature extractor, whose settings join the protocol.
         lora: a peft `LoraConfig` or its dictionary.
         latent_size: width, where the configuration does not tell.
@@ -66,13 +66,15 @@ def describe_encoder(
         fields["preprocessing"] = settings_identity(processor)
     if name_or_path is not None and not revision:
         name_or_path = os.path.abspath(name_or_path)  # a folder, wherever the model is loaded later
+    protocol = LatentProtocol.from_dict(fields)
+    beside = len(protocol.layers) if protocol.combine == "concat" else 1  # layers of one width; others: say latent_size
     entry = {
         "name_or_path": None if name_or_path is None else str(name_or_path),
         "revision": revision,
         "weights": weights,
         "config": {key: value for key, value in encoder.config.to_dict().items() if key != "_name_or_path"},
-        "latent_size": latent_size or infer_latent_size(encoder.config),
-        "protocol": LatentProtocol.from_dict(fields).to_dict(),
+        "latent_size": latent_size or infer_latent_size(encoder.config) * beside,
+        "protocol": protocol.to_dict(),
     }
     if lora is not None:
         lora = lora if isinstance(lora, dict) else lora.to_dict()

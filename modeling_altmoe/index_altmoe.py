@@ -199,19 +199,12 @@ class LocalBackend:
         missing = int(len(found) > 0 and found[0] < 0)  # -1 stands for "fewer were found"
         found = found[missing:]
         rows = found if self._positions is None else np.searchsorted(self._positions, found)
-        columns: list[dict] = []
-
-        def read(place: int) -> dict:
-            if not columns:  # of all that were found at once
-                values = [self.store.column(name, rows) for name in self.store.columns]
-                columns.extend(dict(zip(self.store.columns, row, strict=True)) for row in zip(*values, strict=True))
-            return columns[place] if columns else {}
-
+        records = self.store.records(rows)
         return ShortList(
-            ids=self.store.column("id", rows),
+            ids=[record.pop("id") for record in records],
             latents=None,
             places=places.reshape(positions.shape).astype(np.int64) - missing,
-            read_columns=read,
+            read_columns=records.__getitem__,
             rows=rows,
             scores=scores,
             candidates=candidates,
@@ -234,7 +227,7 @@ class LocalBackend:
         except RuntimeError as error:
             raise ValueError(
                 f"Unknown index '{self.factory}': expected auto, exact, a FAISS factory string such as IVF1024,RaBitQ or "
-                f"HNSW16, or a database's address. FAISS says: {str(error).splitlines()[-1]}"
+                f"HNSW16, or a database's address. FAISS says: {str(error).splitlines()[-1].rpartition(': ')[2]}"
             ) from error
         if not self.index.is_trained:
             inverted = faiss.try_extract_index_ivf(self.index)

@@ -263,7 +263,8 @@ class LatentStore:
         self._pending_ids.update(ids)
         while sum(map(len, self._pending)) >= self._rows_a_shard:
             self._write_shard(self._rows_a_shard)
-        if self.shard_seconds is not None and time.monotonic() - self._pending_since >= self.shard_seconds:
+        late = self.shard_seconds is not None and time.monotonic() - self._pending_since >= self.shard_seconds
+        if self._pending and late:
             self._write_shard(self._rows_a_shard)
 
     @property
@@ -272,8 +273,6 @@ class LatentStore:
         return min(self.description["shard_rows"], max(1, LARGEST // width))
 
     def _write_shard(self, rows: int) -> None:
-        if not self._pending:
-            return
         table = pa.concat_tables(self._pending)
         shard, rest = table.slice(0, rows), table.slice(rows)
         path = write_shard(self.path, self.generation, shard)  # if it fails, everything stays pending
@@ -290,6 +289,7 @@ class LatentStore:
         """
         if self._pending:
             self.lock()
+        while self._pending:  # several shards if writing had failed before
             self._write_shard(self._rows_a_shard)
         self._unlock()
         self.reload()
@@ -328,9 +328,7 @@ class LatentStore:
             OSError: the folder cannot be written.
         """
         ids = list(dict.fromkeys(map(str, ids)))
-        self.flush()
-        with lock_to_change(self.path):
-            self.reload()
+        with self._alone():
             hashes, found = hash_ids(ids), np.zeros(len(ids), dtype=bool)
             deleted = {shard.path.name: shard.dead for shard in self._shards if len(shard.dead)}
             for shard in self._shards:
@@ -342,9 +340,9 @@ class LatentStore:
                 missing = [name for name, here in zip(ids, found, strict=True) if not here]
                 raise ValueError(f"'{self.path}' has no ids {missing[:5]}; nothing was deleted.")
             if found.any():
-                self._describe(format=FORMAT)  # a version that knows no deleted rows must not open this
+                if self.description["format"] < FORMAT:  # a version that knows no deleted rows must not open this
+                    self._describe(format=FORMAT)
                 write_deleted(self.path, deleted)
-        self.reload()
         return int(found.sum())
 
     def compact(self) -> None:
@@ -356,10 +354,7 @@ class LatentStore:
             RuntimeError: another process writes here.
             OSError: disk full or folder read-only; the store is as it was.
         """
-        self.flush()
-        with lock_to_change(self.path):
-            self.reload()
-            sweep(self.path, self.generation)
+        with self._alone():
             following = self.generation + 1
             try:
                 parts, rows = [], 0
@@ -379,6 +374,15 @@ class LatentStore:
             self._describe(format=FORMAT, generation=following)  # from here on the new shards are the store
             (self.path / DELETED).unlink(missing_ok=True)
             sweep(self.path, following)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """With what is pending written, and nobody else writing."""
+        self.flush()
+        with lock_to_change(self.path):
+            self.reload()
+            sweep(self.path, self.generation)
+            yield
         self.reload()
 
     def _describe(self, **changes) -> None:
@@ -525,6 +529,19 @@ class LatentStore:
     def columns_of(self, row: int) -> dict[str, Any]:
         """The metadata of one row."""
         return {name: self.column(name, [row])[0] for name in self.columns}
+
+    def records(self, rows) -> list[dict[str, Any]]:
+        """Id and metadata of some rows, `[{"id": ..., column: value, ...}, ...]`; only these are read, all columns at once.
+
+        Raises:
+            IndexError: a row out of range.
+        """
+        result: list[dict[str, Any]] = [{}] * len(np.asarray(rows).reshape(-1))
+        for shard, here, numbers in self._parts(rows):
+            found = shard.table.select(["id", *self.columns]).take(pa.array(shard.places(numbers)))
+            for place, record in zip(here, found.to_pylist(), strict=True):
+                result[place] = record
+        return result
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Row numbers of some ids, `(len(ids),)` int64; -1 for an id that is not there."""

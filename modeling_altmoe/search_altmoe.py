@@ -61,7 +61,7 @@ class LatentIndex:
         store: latents of the direction's target, under the model's protocol.
         direction: e.g. `"text->image"`.
         backend: a [`Backend`], or what `open_index` takes for one in this process: `"auto"`, `"exact"`, a FAISS factory string.
-        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 100.
+        short_list: items a query that a database gives to be ranked again; default: the larger of 10 k and 400.
         rebuild: make an index in memory where those that are kept beside the store do not fit.
         recall: of the ten best, to be reached by an approximate index that is made.
 
@@ -129,11 +129,19 @@ class LatentIndex:
             places, scores = found.places, found.scores
         else:
             coarse = F.normalize(queries[:, : self.store.latent_size], dim=-1)
-            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 100), wanted), where)
+            found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 400), wanted), where)
             places, scores = self._rank_again(queries, found)
-        results = []
-        for row, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True):
-            results.append(Hits(self._hit(found, *hit) for hit in zip(row, values, strict=True) if hit[0] >= 0))
+        rows = [None] * len(found.ids) if found.rows is None else found.rows.tolist()
+        results = [
+            Hits(
+                [
+                    Hit(rows[place], found.ids[place], score, dict(found.columns(place)))
+                    for place, score in zip(best, values, strict=True)
+                    if place >= 0
+                ]
+            )
+            for best, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
+        ]
         if self.calibration:
             counts = (places[:, :SHORT_LIST] >= 0).sum(1)  # the same for all queries but under rare conditions
             size = len(self) if found.candidates is None else found.candidates
@@ -154,14 +162,10 @@ class LatentIndex:
         device = queries.device
         hubness = None if found.hubness is None else found.hubness.to(device)
         items = item_vectors(self.model, self.post, self.direction, found.latents.to(device), hubness)
-        scores = torch.bmm(items[places.clamp(min=0).to(device)], queries[:, :, None])[..., 0].cpu()  # (queries, k)
+        some = places.clamp(min=0).to(device)  # a query at a time, which needs little memory
+        scores = torch.stack([items[of] @ query for of, query in zip(some, queries, strict=True)]).cpu()  # (queries, k)
         scores, order = scores.masked_fill(places < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
         return places.gather(1, order).numpy(), scores.numpy()
-
-    @staticmethod
-    def _hit(found: ShortList, place: int, score: float) -> Hit:
-        row = None if found.rows is None else int(found.rows[place])
-        return Hit(row, found.ids[place], score, found.columns(place))
 
 
 def open_index(
@@ -175,7 +179,7 @@ def open_index(
         direction: e.g. `"text->image"`.
         index: `"auto"` (exact for a small store, approximate for a large one), `"exact"`, a FAISS factory string, or the
             address of a database: `milvus://...`, `postgresql://...`.
-        options: as in `LatentIndex`, or of the database's adapter.
+        options: as in `LatentIndex`.
 
     Raises:
         ImportError: what the index needs is not installed.
@@ -185,7 +189,8 @@ def open_index(
         try:  # by name: the service's code does not travel with a checkpoint
             databases = importlib.import_module("serving.databases")
         except ImportError as error:
-            raise ImportError(f"'{index}' is a database, which needs the altmoe package installed.") from error
+            scheme = index.partition("://")[0]  # what follows may hold a password
+            raise ImportError(f"{scheme}:// is a database, which needs the altmoe package installed.") from error
         backend = databases.open_database(model, store, direction, index)
         return LatentIndex(model, backend.description if store is None else store, direction, backend, **options)
     return LatentIndex(model, store, direction, index, **options)

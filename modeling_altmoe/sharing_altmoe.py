@@ -5,6 +5,7 @@ code and pictures are sent: a pickle can run code where it is opened.
 """
 
 import os
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def without_paths(entry: dict[str, Any]) -> dict[str, Any]:
     if entry.get("config"):
         entry["config"] = {key: value for key, value in entry["config"].items() if key != "_name_or_path"}
     return entry
+
+
+def one_line(text) -> str:
+    """Foreign text for a line or a cell of Markdown: it opens no other line, cell, code or tag."""
+    return re.sub(r"([|`<>\\])", r"\\\1", " ".join(str(text).split()))
 
 
 def refuse_local_encoders(entries: dict[str, dict[str, Any]]) -> None:
@@ -195,11 +201,11 @@ def store_card(store, repo_id: str, license: str | None = None) -> str:
         name=repo_id.split("/")[-1],
         repo=repo_id,
         count=len(store),
-        modality=store.modality,
+        modality=one_line(store.modality),
         size=store.latent_size,
         dtype=store.dtype,
-        encoder=encoder,
-        protocol=", ".join(f"{name} {value}" for name, value in fields.items()),
+        encoder=one_line(encoder),
+        protocol=one_line(", ".join(f"{name} {value}" for name, value in fields.items())),
         fingerprint=store.fingerprint,
-        columns=", ".join(["id", "latent", *store.columns]),
+        columns=one_line(", ".join(["id", "latent", *store.columns])),
     )

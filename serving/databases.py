@@ -1,8 +1,8 @@
-"""Latents in a database: its address, writing a LatentStore into it, and searching it.
+"""Latents in a database: its address, what an adapter does, and a search's short list.
 
-Comes in: an address (`postgresql://...`, `milvus://...`) and a store, or query vectors. Goes out: rows in the database, or
-the short list of a search, which `search_altmoe` ranks again. What the two databases do differently lies in
-`serving/postgres.py` and `serving/milvus.py`; each is one class with the methods of `Table`.
+Comes in: an address (`postgresql://...`, `milvus://...`) and query vectors. Goes out: the short list, which `search_altmoe`
+ranks again. What the two databases do differently lies in `serving/postgres.py` and `serving/milvus.py`; each is one class
+with the methods of `Table`. Writing into them is `serving/ingest.py`.
 
 What is stored of an item: its id, its latent exactly as the encoder made it, the columns of the store, one hubness scalar
 a direction, and a digest of it all. The database's own index searches those raw latents by cosine. They are not centred,
@@ -10,31 +10,24 @@ as the score's are, and that is on purpose: a query vector's cosine with a raw l
 README.md, "Past one machine"), another model searches the same rows, and so does a table somebody else has filled.
 """
 
-import hashlib
-import json
 import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from modeling_altmoe import AltMoEModel, LatentProtocol, LatentStore
 from modeling_altmoe.backend_altmoe import ShortList
-from modeling_altmoe.encoding_altmoe import weights_identity
-from modeling_altmoe.scoring_altmoe import item_vectors
-from modeling_altmoe.sharing_altmoe import shareable
+from modeling_altmoe.index_files_altmoe import model_fingerprint
 
 OWN_OPTIONS = ("table", "collection", "vector", "id", "columns", "protocol")
 FEW = 1000  # items left by a condition, which are then all in the short list: a graph may miss some of them
 COUNTED_FOR = 60.0  # seconds
-BATCH_BYTES = 8_000_000  # of latents in one request; Milvus refuses messages above 64 MB
 
 
 @dataclass
@@ -73,8 +66,11 @@ class Address:
 
     def _secrets(self) -> list[str]:
         found = [value for name, value in self.options.items() if re.search("password|token|key", name)]
-        password = urlsplit(self.url).password  # as written, with its percent signs, and as meant
-        return [secret for secret in (*found, password, unquote(password or "")) if secret]
+        parts = urlsplit(self.url)
+        # Milvus may have a token alone where PostgreSQL has a user's name
+        found += [parts.password, parts.netloc.rpartition("@")[0] if self.scheme == "milvus" else None]
+        secrets = [secret for secret in found if secret]
+        return [*secrets, *map(unquote, secrets)]  # as written, with percent signs, and as meant
 
 
 def parse_url(url: str) -> Address:
@@ -105,7 +101,7 @@ def parse_url(url: str) -> Address:
         raise ValueError(f"The address {kind}://{hosts}{path} names no table: expected {wanted}.")
     return Address(
         scheme=kind,
-        url=parts._replace(scheme=kind, path=path, query=urlencode(options), fragment="").geturl(),
+        url=parts._replace(scheme=kind, path=path, query=urlencode(options, quote_via=quote), fragment="").geturl(),
         table=table,
         shown=f"{kind}://{hosts}{path} ({'table' if kind == 'postgresql' else 'collection'} '{table}')",
         vector=own.get("vector"),
@@ -131,6 +127,7 @@ class Table(Protocol):
     address: Address
     description: dict[str, Any] | None  # what `ingest` wrote; None for a table of somebody else
     width: int | None
+    dtype: str  # "float16" or "float32"
     columns: dict[str, str]  # metadata columns, {name: Arrow type}
 
     def create(self, description: dict[str, Any]) -> None:
@@ -197,116 +194,9 @@ def hubness_column(direction: str) -> str:
     return "altmoe_hubness_" + re.sub(r"\W+", "_", direction.replace("->", "_to_"))
 
 
-def _model_identity(model: AltMoEModel, direction: str) -> str:
+def identity(model: AltMoEModel, direction: str) -> str:
     """Changes with everything that an item's hubness scalar depends on."""
-    parts = [weights_identity(model.connector), weights_identity(model.score_banks), model.config.scoring]
-    return hashlib.sha256(json.dumps([*parts, direction], sort_keys=True).encode()).hexdigest()[:16]
-
-
-# -------------------------------------------------------------------- writing
-
-
-def _digest(latent: np.ndarray, values: list, tag: str) -> int:
-    told = hashlib.blake2b(latent.tobytes(), digest_size=8)
-    told.update(json.dumps([values, tag], default=str).encode())
-    return int.from_bytes(told.digest(), "big", signed=True)
-
-
-def ingest(
-    store: LatentStore,
-    url: str,
-    model: AltMoEModel | None = None,
-    directions: list[str] | None = None,
-    progress: bool = True,
-) -> dict[str, int]:
-    """Make a database hold what a store holds. Rows that are there already are not sent again, whatever interrupted the
-    last call; rows that the store no longer has are removed; the index is built when all rows are there.
-
-    Args:
-        store: the latents; memory stays flat whatever their number.
-        url: see `parse_url`; the table is made if it does not exist.
-        model: its hubness scalars are written for each direction into the store's modality; None: left empty.
-        directions: only these. Scalars of other directions or models that were written before are not used any more.
-        progress: show a bar.
-
-    Returns:
-        `{"written", "present", "deleted", "rows"}`.
-
-    Raises:
-        ValueError: the table holds latents of another protocol, modality or width, or was not made by this function.
-        ConnectionError, RuntimeError: the database cannot be reached or refuses; the message says what it said.
-    """
-    if model is not None and directions is None:
-        directions = [d for d in model.config.directions if model.config.resolve(d)[1] == store.modality]
-    for direction in directions or ():
-        _, target = model.config.resolve(direction)
-        store.check(target, model.config.encoders[target])
-    models = {direction: _model_identity(model, direction) for direction in directions or ()}
-    with closing(open_table(url)) as table:
-        description = _description_for(store, table, models)
-        table.create(description)
-        counts = {"written": 0, "present": 0, "deleted": 0}
-        tag = json.dumps(models, sort_keys=True)
-        with tqdm(total=len(store), desc=f"to {table.address.scheme}", unit="row", disable=not progress) as bar:
-            for ids, latents, columns in store.batches(max(1, BATCH_BYTES // (4 * store.latent_size))):
-                vectors = np.ascontiguousarray(latents, dtype=np.float32)
-                values = list(zip(*(columns[name] for name in store.columns), strict=True)) or [()] * len(ids)
-                digests = [_digest(*item, tag) for item in zip(vectors, values, strict=True)]
-                there = table.digests(ids)
-                new = [place for place, name in enumerate(ids) if there.get(name) != digests[place]]
-                rows = [
-                    {"id": ids[place], "latent": vectors[place], "altmoe_digest": digests[place]}
-                    | dict(zip(store.columns, values[place], strict=True))
-                    for place in new
-                ]
-                for direction in models if new else ():
-                    for row, scalar in zip(rows, _hubness(model, direction, vectors[new]), strict=True):
-                        row[hubness_column(direction)] = float(scalar)
-                table.write(rows)
-                counts["written"] += len(new)
-                counts["present"] += len(ids) - len(new)
-                bar.update(len(ids))
-        if table.count() != len(store):
-            for page in table.ids(10_000):
-                gone = [name for name, kept in zip(page, store.has(page), strict=True) if not kept]
-                table.delete(gone)
-                counts["deleted"] += len(gone)
-        table.finish()
-        table.describe({**description, "hubness": description["hubness"] | models})
-        return {**counts, "rows": table.count()}
-
-
-def _description_for(store: LatentStore, table: Table, models: dict[str, str]) -> dict[str, Any]:
-    """What the table is to hold. Hubness scalars of other models are not used any more, and those of these models not
-    before all rows have them."""
-    fields = ("modality", "encoder", "columns", "dtype")
-    description = {"altmoe": 1, **{name: shareable(store.description)[name] for name in fields}, "hubness": {}}
-    if table.width is not None:
-        if table.description is None:
-            raise ValueError(
-                f"{table.address} exists and was not made by altmoe: it is searched as it is, not written to. "
-                "Choose another name, or import it with 'altmoe import'."
-            )
-        Description(table).check(store.modality, store.encoder)
-        for name in ("columns", "dtype"):
-            if table.description[name] != description[name]:
-                raise ValueError(
-                    f"{table.address} was made with {name}={table.description[name]}, the store has "
-                    f"{description[name]}. Choose another name, or delete it there."
-                )
-        there = table.description["hubness"]
-        description["hubness"] = {d: name if name == models.get(d) else None for d, name in there.items()}
-    description["hubness"] = dict.fromkeys(models) | description["hubness"]
-    return description
-
-
-def _hubness(model: AltMoEModel, direction: str, latents: np.ndarray) -> np.ndarray:
-    """The last component of `item_vectors`, `(n,)`."""
-    items = item_vectors(model, model.postprocessing(direction), direction, torch.from_numpy(latents).to(model.device))
-    return items[:, -1].float().cpu().numpy()
-
-
-# -------------------------------------------------------------------- searching
+    return "-".join(model_fingerprint(model, direction).values())
 
 
 class Description:
@@ -358,7 +248,7 @@ class DatabaseBackend:
         self.description = Description(table, model, target)
         self.description.check(target, model.config.encoders[target])
         kept = (table.description or {}).get("hubness", {}).get(direction)
-        self.hubness = hubness_column(direction) if kept and kept == _model_identity(model, direction) else None
+        self.hubness = hubness_column(direction) if kept and kept == identity(model, direction) else None
         self._lock = threading.Lock()  # one question at a time on one connection
         self._counts: dict[str, tuple[float, int]] = {}
         if not len(self):

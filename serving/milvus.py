@@ -61,6 +61,8 @@ def among(name: str, values: list[Any]) -> str:
 class MilvusTable:
     """One collection, see `Table`."""
 
+    dtype = "float32"
+
     def __init__(self, address: Address):
         self.address, self.name = address, address.table
         with self._clear():
@@ -81,7 +83,7 @@ class MilvusTable:
             if not os.path.isdir(os.path.dirname(file)):
                 raise ValueError(f"{self.address}: there is no folder '{os.path.dirname(file)}'.")
             return MilvusClient(file, **settings)
-        settings["token"] = unquote(login) or os.environ.get("MILVUS_TOKEN", "")
+        settings["token"] = unquote(login).removeprefix(":") or os.environ.get("MILVUS_TOKEN", "")
         if "db" in options:
             settings["db_name"] = options["db"]
         scheme = "https" if options.get("secure", "").lower() in ("1", "true") else "http"

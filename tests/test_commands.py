@@ -1,6 +1,7 @@
 """The commands from end to end on tiny encoders: encode, train, evaluate, search, publish, and a stranger's process."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,12 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image as Pictures
 from PIL import ImageDraw
 
+from benchmarks import mteb_task
 from modeling_altmoe import AltMoEModel, LatentStore
 from trainer.cli import main as altmoe
 from trainer.encode import EncodeArguments, encode
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 COLORS = ["red", "green", "blue", "orange", "purple", "black"]
 SHAPES = ["square", "circle", "tree", "house", "cat", "dog", "bar", "cross"]
@@ -117,6 +121,18 @@ def test_encoding_again_adds_nothing(place, encoder_folders):
     arguments = {"data": str(place / "data"), "encoder": encoder_folders["image"], "modality": "image"}
     again = encode(EncodeArguments(**arguments, out=str(place / "image")))
     assert (again["written"], again["present"], again["rows"]) == (0, 48, 48)
+
+
+def test_layers_side_by_side_have_a_measured_width_and_a_protocol_of_their_own(place, encoder_folders, tmp_path):
+    """Half the width is each layer's, and each counts the same."""
+    named = {"data": str(place / "data"), "encoder": encoder_folders["image"], "modality": "image"}
+    encode(EncodeArguments(**named, out=str(tmp_path), layers=[-2, -1], combine="concat"))
+    store = LatentStore.open(tmp_path)
+    assert (store.protocol.combine, store.protocol.layers) == ("concat", (-2, -1))
+    halves = store.latents().reshape(len(store), 2, -1)
+    np.testing.assert_allclose(halves.norm(dim=-1), 0.5**0.5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"of width|another protocol"):
+        encode(EncodeArguments(**named, out=str(tmp_path)))
 
 
 def test_the_model_agrees_with_its_stores(place):
@@ -288,6 +304,41 @@ main(['push', {str(place / "hub")!r}, 'me/colors'])
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=fresh, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 3
+
+
+# ---------------------------------------------------------------- neighbours
+
+
+def test_the_readmes_neighbours_work_and_mteb_finds_what_we_find(place, monkeypatch, capsys):
+    section = README.split("## Neighbours")[1].split("\n## ")[0]
+    embed, extract = (code.split("```")[0] for code in section.split("```python")[1:])
+    known = {}
+    for code in (embed, extract):
+        exec(code.replace("build/hub/altmoe-stamps", str(place / "hub")), known)
+    assert known["similarity"].shape == (2, 1) and np.shape(known["latents"])[:2] == (2, 1)
+    command = next(line for line in section.splitlines() if line.startswith("python -m benchmarks.mteb_task "))
+    places = {"build/runs/stamps": str(place / "run"), "build/data/stamps": str(place / "data")}
+    monkeypatch.setattr(sys, "argv", [places.get(word, word) for word in shlex.split(command)[2:]])
+    capsys.readouterr()
+    mteb_task.main()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    ours = json.loads((place / "run" / "evaluation.json").read_text())["results"]["image<->text"]["altmoe"]
+    for direction, *found in rows[2:]:
+        metrics = ours["both_directions"][direction]
+        assert found[:3] == [f"{100 * metrics[f'recall@{k}']:.1f}" for k in (1, 5, 10)]
+    assert rows[0][1:4] == ["hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10"] and len(rows) == 4
+
+
+def test_mteb_refuses_data_of_other_items(place, tmp_path):
+    columns = {"image": "image", "text": "caption"}
+    other = Dataset.from_dict({"id": ["x"], "image": [picture("red", 1)], "caption": ["a"]})
+    other.save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="10 of 10 items are not in the data"):
+        mteb_task.held_out_tasks(str(place / "run"), str(tmp_path / "other"), columns)
+    with pytest.raises(ValueError, match="is between two of: audio, text"):
+        mteb_task.held_out_tasks(str(place / "run"), str(place / "data"), {"audio": "sound", "text": "caption"})
 
 
 # ---------------------------------------------------------------- bad input

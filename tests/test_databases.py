@@ -17,8 +17,8 @@ from modeling_altmoe import LatentStore
 from modeling_altmoe.confidence_altmoe import Calibration
 from modeling_altmoe.scoring_altmoe import Postprocessing
 from modeling_altmoe.search_altmoe import LatentIndex, open_index
-
-databases = pytest.importorskip("serving.databases")
+from serving import databases, ingest
+from trainer.cli import main
 
 ROWS = 240
 ENTRY = small_config().encoders["image"]
@@ -132,7 +132,7 @@ def assert_same(found, expected, columns: bool = True):
 
 def test_results_are_those_of_the_exact_index_in_this_process(url, store, model):
     """Both directions, hubness, confidence, metadata; with the scalars that were stored and with another model's."""
-    assert databases.ingest(store, url, model, progress=False) == {
+    assert ingest.ingest(store, url, model, progress=False) == {
         "written": ROWS,
         "present": 0,
         "deleted": 0,
@@ -155,7 +155,7 @@ def test_results_are_those_of_the_exact_index_in_this_process(url, store, model)
 
 
 def test_the_stored_hubness_is_what_counts(url, store, model):
-    databases.ingest(store, url, model, progress=False)
+    ingest.ingest(store, url, model, progress=False)
     index = open_index(model, None, "text->image", url, short_list=ROWS)
     fetched = index.backend.nearest(np.eye(24, dtype=np.float32)[:2], 30, None)
     from modeling_altmoe.scoring_altmoe import item_vectors
@@ -187,7 +187,7 @@ CONDITIONS = [
 def test_conditions_leave_what_they_leave_in_this_process(url, store, model, few, monkeypatch):
     """Quotes, backslashes, other scripts and attempts at injection are values like any other."""
     monkeypatch.setattr(databases, "FEW", few)  # 0: the database's own index answers
-    databases.ingest(store, url, model, progress=False)
+    ingest.ingest(store, url, model, progress=False)
     exact = LatentIndex(model, store, "text->image", "exact")
     index = open_index(model, None, "text->image", url, short_list=ROWS)
     for where in CONDITIONS if few else [{"sold": True}, {"title": {"ne": NASTY[0]}}]:
@@ -204,10 +204,10 @@ def test_an_ingest_that_was_killed_goes_on_and_doubles_nothing(postgres, milvus,
     script = f"""
     import os, signal, threading
     from modeling_altmoe import LatentStore
-    from serving import databases
-    databases.BATCH_BYTES = 50 * 4 * 24  # 50 rows
+    from serving import databases, ingest
+    ingest.BATCH_BYTES = 50 * 4 * 24  # 50 rows
     both = threading.Barrier(2)
-    def ingest(url):
+    def send(url):
         written, kind = [], type(databases.open_table(url))
         def write(self, rows, whole=kind.write):
             whole(self, rows[:20] if len(written) == 2 else rows)
@@ -216,17 +216,17 @@ def test_an_ingest_that_was_killed_goes_on_and_doubles_nothing(postgres, milvus,
                 both.wait()
                 os.kill(os.getpid(), signal.SIGKILL)
         kind.write = write
-        databases.ingest(LatentStore.open({str(store.path)!r}), url, progress=False)
-    threads = [threading.Thread(target=ingest, args=[url]) for url in {urls!r}]
+        ingest.ingest(LatentStore.open({str(store.path)!r}), url, progress=False)
+    threads = [threading.Thread(target=send, args=[url]) for url in {urls!r}]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    monkeypatch.setattr(databases, "BATCH_BYTES", 64 * 4 * 24)
+    monkeypatch.setattr(ingest, "BATCH_BYTES", 64 * 4 * 24)
     for url in urls:
         assert databases.open_table(url).count() == 120
-        counts = databases.ingest(store, url, progress=False)
+        counts = ingest.ingest(store, url, progress=False)
         assert counts == {"written": ROWS - 120, "present": 120, "deleted": 0, "rows": ROWS}
         table = databases.open_table(url)
         assert sorted(itertools.chain(*table.ids(37))) == sorted(store.ids)
@@ -238,13 +238,15 @@ def test_an_ingest_that_was_killed_goes_on_and_doubles_nothing(postgres, milvus,
 
 
 def test_what_changed_in_the_store_is_carried_over(url, store, model, monkeypatch):
-    databases.ingest(store, url, model, progress=False)
+    ingest.ingest(store, url, model, progress=False)
     with store:
         gone = store.ids[3:9]
         store.delete(gone)
         changed = torch.nn.functional.normalize(torch.ones(2, 24), dim=-1)
         store.append([gone[0], "new"], changed, **columns_of(0, 2))
-    assert databases.ingest(store, url, model, progress=False) == {
+    with pytest.raises(ValueError, match=r"holds items that .* does not .*run 'altmoe index' on the store again"):
+        open_index(model, store, "text->image", url, short_list=ROWS).search(queries(1), 5)
+    assert ingest.ingest(store, url, model, progress=False) == {
         "written": 2,
         "present": ROWS - 6,
         "deleted": 5,
@@ -252,7 +254,7 @@ def test_what_changed_in_the_store_is_carried_over(url, store, model, monkeypatc
     }
     index = open_index(model, None, "text->image", url, short_list=ROWS)
     assert_same(index.search(queries(2), 5), LatentIndex(model, store, "text->image", "exact").search(queries(2), 5))
-    again = databases.ingest(store, url, scored(seed=1), progress=False)  # another model: its own scalars, everywhere
+    again = ingest.ingest(store, url, scored(seed=1), progress=False)  # another model: its own scalars, everywhere
     assert again["written"] == ROWS - 4
 
 
@@ -306,9 +308,36 @@ def test_a_table_of_somebody_else_is_searched_as_it_is(url, store, model):
             assert [hit.columns["title"] for hit in hits] == [hit.columns["title"] for hit in others]
             np.testing.assert_allclose([h.score for h in hits], [h.score for h in others], atol=1e-4)
     with pytest.raises(ValueError, match="was not made by altmoe"):
-        databases.ingest(store, url, model)
+        ingest.ingest(store, url, model)
     with pytest.raises(ValueError, match="no column"):
         databases.open_table(url.replace("columns=title", "columns=titel"))
+
+
+def test_a_table_becomes_a_store_with_its_vectors_ids_and_columns(url, store, tmp_path, capsys):
+    options = foreign(url, store.latents().numpy())
+    source = url + ("&" if "?" in url else "?") + options[1:]
+    arguments = ["import", source, "--modality", "image", "--like", str(store.path), "--out", str(tmp_path / "out")]
+    main(arguments)
+    main(arguments)  # nothing is doubled
+    assert f"{ROWS} latents (0 new, {ROWS} already there" in capsys.readouterr().out
+    imported = LatentStore.open(tmp_path / "out")
+    assert sorted(imported.ids, key=int) == [str(n) for n in range(ROWS)]
+    rows = imported.rows_of([str(n) for n in range(ROWS)])
+    assert torch.equal(imported.take(rows), store.latents())
+    assert imported.column("title", rows) == store.column("title")
+    if "the%20price" in source:
+        assert imported.column("the price", rows) == [n / 4 for n in range(ROWS)]
+
+
+def test_what_was_ingested_comes_back_as_a_store(url, store, tmp_path):
+    ingest.ingest(store, url, progress=False)
+    main(["import", url, "--modality", "image", "--like", str(store.path), "--out", str(tmp_path / "out")])
+    back = LatentStore.open(tmp_path / "out")
+    rows = back.rows_of(store.ids)
+    assert torch.equal(back.take(rows), store.latents())
+    for name in ("title", "year", "price", "sold"):
+        assert back.column(name, rows) == store.column(name)
+    assert back.column("seen", rows) == [str(date) for date in store.column("seen")]
 
 
 def test_an_address_says_what_it_lacks():
@@ -336,7 +365,7 @@ def test_nothing_answers(kind):
     assert PASSWORD not in everything(caught.value) and QUOTED not in everything(caught.value)
 
 
-def test_no_secret_is_told(postgres, store, model):
+def test_no_secret_is_told(postgres, store, model, capsys):
     wrong = postgres.replace(QUOTED, "wr0ng%2Fword") + "?table=t"
     with pytest.raises(ConnectionError, match="password authentication failed") as caught:
         databases.open_table(wrong)
@@ -344,8 +373,11 @@ def test_no_secret_is_told(postgres, store, model):
     with pytest.raises(RuntimeError, match='invalid URI query parameter: "nosuch"') as caught:
         databases.open_table(f"{postgres}?table=t&nosuch={PASSWORD.replace('/', '%2F')}")
     assert PASSWORD not in everything(caught.value)
+    with pytest.raises(SystemExit):
+        main(["import", wrong, "--modality", "image", "--like", str(store.path), "--out", str(store.path) + "2"])
+    assert "wr0ng" not in "".join(capsys.readouterr())
     url = f"{postgres}?table=secrets"
-    databases.ingest(store, url, model, progress=False)
+    ingest.ingest(store, url, model, progress=False)
     table = databases.open_table(url)
     index = open_index(model, None, "text->image", url)
     for told in (table.address, repr(table.address), index.describe(), table.description):
@@ -355,7 +387,7 @@ def test_no_secret_is_told(postgres, store, model):
 def test_what_does_not_fit_is_said_in_a_sentence(server_url, store, model, tmp_path):
     with pytest.raises(ValueError, match=r"does not exist. Make it with 'altmoe index"):
         open_index(model, None, "text->image", server_url)
-    databases.ingest(store, server_url, model, progress=False)
+    ingest.ingest(store, server_url, model, progress=False)
     with pytest.raises(ValueError, match="holds 'image' latents, expected 'text'"):
         open_index(model, None, "image->text", server_url)
     for name, entry, message in (
@@ -364,13 +396,13 @@ def test_what_does_not_fit_is_said_in_a_sentence(server_url, store, model, tmp_p
     ):
         foreign_store = LatentStore.create(tmp_path / name, "image", entry, columns=COLUMNS)
         with pytest.raises(ValueError, match=message):
-            databases.ingest(foreign_store, server_url)
+            ingest.ingest(foreign_store, server_url)
     other = LatentStore.create(tmp_path / "columns", "image", ENTRY, columns={"title": "string"})
     with pytest.raises(ValueError, match="was made with columns="):
-        databases.ingest(other, server_url)
+        ingest.ingest(other, server_url)
     named = LatentStore.create(tmp_path / "named", "image", ENTRY, columns={"100 %": "string"})
     with pytest.raises(ValueError, match=r"has a name of .*not '100 %'"):
-        databases.ingest(named, server_url + "x")
+        ingest.ingest(named, server_url + "x")
 
 
 def test_a_database_without_pgvector_says_how_to_get_it(postgres):
@@ -391,7 +423,7 @@ def test_pgvector_answers_from_its_index_and_under_rare_conditions_finds_all(
     with LatentStore.create(tmp_path, "image", ENTRY, dtype=dtype, columns={"part": "int64"}) as store:
         latents = torch.nn.functional.normalize(torch.randn(rows, 24), dim=-1)
         store.append([str(n) for n in range(rows)], latents, part=[n % 500 for n in range(rows)])
-    databases.ingest(store, url, model, progress=False)
+    ingest.ingest(store, url, model, progress=False)
     index = open_index(model, None, "text->image", url)
     table = index.backend.table
     with table._session() as connection:
@@ -412,11 +444,22 @@ def test_pgvector_answers_from_its_index_and_under_rare_conditions_finds_all(
     )
 
 
+def test_latents_too_wide_for_an_index_are_searched_row_by_row(postgres, tmp_path):
+    url = f"{postgres}?table=wide"
+    latents = torch.nn.functional.normalize(torch.randn(20, 4100), dim=-1)
+    with LatentStore.create(tmp_path, "image", {"latent_size": 4100}) as store:
+        store.append([str(n) for n in range(20)], latents)
+    ingest.ingest(store, url, progress=False)
+    table = databases.open_table(url)
+    assert table.index is None and table.nearest(latents[3:5].numpy(), 2, None)[1][0] == "4"
+    assert torch.equal(torch.from_numpy(table.fetch(["7"], None, True)["7"].latent), latents[7])
+
+
 def test_a_lost_connection_is_made_again(postgres, store, model):
     import psycopg
 
     url = f"{postgres}?table=lost"
-    databases.ingest(store, url, model, progress=False)
+    ingest.ingest(store, url, model, progress=False)
     index = open_index(model, None, "text->image", url)
     with psycopg.connect(postgres, autocommit=True) as connection:
         connection.execute(

@@ -19,18 +19,12 @@ from transformers.utils import cached_file
 
 import model_cards
 from modeling_altmoe import AltMoEModel
-from modeling_altmoe.sharing_altmoe import on_hub
+from modeling_altmoe.sharing_altmoe import on_hub, one_line
 from trainer.evaluate import table
 
 VERSION = "0.1.0"
 TEMPLATE = Path(model_cards.__file__).parent / "template.md"
 UNKNOWN = "unknown"
-
-
-def one_line(text) -> str:
-    """Foreign text for a line or a cell of Markdown: it opens no other line, cell, code or tag."""
-    text = " ".join(str(text).split())
-    return re.sub(r"([|`<>\\])", r"\\\1", text)
 
 
 def front_matter(name: str | os.PathLike | None, revision: str | None = None, kind: str = "model") -> dict:
@@ -201,7 +195,7 @@ def write_card(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification" if searchable else None,
         license=license,
-        tags=["altmoe", "mixture-of-experts", "cross-modal-retrieval", *config.modalities],
+        tags=["altmoe", "sentence-transformers", "mixture-of-experts", "cross-modal-retrieval", *config.modalities],
         datasets=hub_names(data) if data and not data_here else None,
         base_model=base_model or None,
         base_model_relation="adapter" if base_model else None,

@@ -10,6 +10,7 @@ COMMANDS = {
     "store": "look at a LatentStore, delete rows by id, compact it",
     "train": "train a connector on stored latents (a recipe and flags)",
     "evaluate": "measure a trained connector on held-out pairs, beside simpler methods",
+    "index": "make a search index once and keep it beside its store, or fill a database",
     "search": "search a LatentStore with a text, a picture or a sound",
     "serve": "answer searches over HTTP",
     "publish": "write a folder that is ready for the Hub: weights, code, card, examples",
@@ -17,6 +18,7 @@ COMMANDS = {
 }
 PLACES = {  # of the commands that read their arguments with argparse
     "import": "trainer.importing",
+    "index": "trainer.index",
     "push": "trainer.push",
     "search": "trainer.search",
     "serve": "serving.serve",
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
             command.main(parser.parse_args(rest))
         else:
             _dataclass_command(name, rest)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

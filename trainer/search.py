@@ -3,11 +3,13 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
 
 from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
-from modeling_altmoe.search_altmoe import Hits, LatentIndex
+from modeling_altmoe.search_altmoe import Hits, open_index, parse_where
+from trainer.contact_sheet import contact_sheet, pictures_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +24,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min_confidence", type=float, help="say 'nothing found' below this (default: the model's own threshold)"
     )
     parser.add_argument("-k", type=int, default=5, help="results a query (default: 5)")
+    parser.add_argument(
+        "--where",
+        action="append",
+        help="only items with this, e.g. category=animals or year>=2020 (also != <= < >); repeated: all of them, several = "
+        "on one column: any of these",
+    )
+    parser.add_argument(
+        "--index",
+        default="auto",
+        help="auto (what 'altmoe index' has kept; else exact for a small store, approximate for a large one), exact, a FAISS "
+        "factory string, or a database's address, milvus://... or postgresql://... (default: auto)",
+    )
+    parser.add_argument(
+        "--rebuild", action="store_true", help="make an index in memory where the kept one does not fit any more"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with queries, hits and pictures")
+    parser.add_argument(
+        "--data",
+        help="data set with the pictures for --html: folder, file or Hub name; its column 'id' matches the store's "
+        "(default: a column of the store that names picture files)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
-    """Search; `[{"query", "direction", "hits", "confidence", "found"}, ...]`.
+    """Search; `[{"query", "kind", "direction", "index", "confidence", "found", "hits"}, ...]`.
 
     Raises:
-        ValueError: no query, unknown direction, a bad picture, or a store of another protocol.
+        ValueError: no query, unknown direction, a bad picture or condition, a store of another protocol, or a kept index
+            that does not fit.
         OSError: no such model, store or encoder.
     """
     if arguments.min_confidence is not None and not 0 <= arguments.min_confidence <= 1:
@@ -39,20 +63,21 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         raise ValueError("No query: give --text, --image or --audio.")
     store = LatentStore.open(arguments.store)
     model = AltMoEModel.from_pretrained(arguments.model)
+    where = parse_where(arguments.where or [], store.columns)
     processor = AltMoEProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     results = []
     for modality, queries in given.items():
         direction = arguments.direction or f"{modality}->{store.modality}"
         model.config.resolve(direction)
-        index = LatentIndex(model, store, direction)
+        index = open_index(model, store, direction, arguments.index, rebuild=arguments.rebuild)
         items = [processor.read(modality, item) for item in queries]
         with torch.inference_mode():
             latents = model.encode(modality, processor.batch(modality, items), adapted=True)
-        for query, hits in zip(queries, index.search(latents, arguments.k), strict=True):
+        for query, hits in zip(queries, index.search(latents, arguments.k, where), strict=True):
             if arguments.min_confidence is not None:
                 hits.threshold = arguments.min_confidence
-            about = {"confidence": hits.confidence, "found": hits.found}
-            results.append({"query": query, "direction": direction, **about, "hits": hits})
+            about = {"query": query, "kind": modality, "direction": direction, "index": index.describe()}
+            results.append({**about, "confidence": hits.confidence, "found": hits.found, "hits": hits})
     return results
 
 
@@ -67,6 +92,8 @@ def show(query: str, direction: str, hits: Hits) -> str:
                 f"  nothing found: {100 * hits.confidence:.0f} % confidence, "
                 f"{100 * hits.threshold:.0f} % asked for; nearest:"
             )
+    if not hits:
+        lines.append("  no item meets the conditions")
     for place, hit in enumerate(hits, 1):
         about = ", ".join(f"{name}: {value}" for name, value in hit.columns.items() if name not in ("group", "key"))
         lines.append(f"  {place:2}. {hit.score:7.3f}  {hit.id:40.40}  {about}")
@@ -76,8 +103,17 @@ def show(query: str, direction: str, hits: Hits) -> str:
 def main(arguments: argparse.Namespace) -> None:
     """Run and print."""
     results = run(arguments)
+    if arguments.html:
+        pictures = pictures_of(arguments.data, Path(arguments.store))
+        title = f"{arguments.store}, searched by {arguments.model}"
+        Path(arguments.html).write_text(contact_sheet(title, results, pictures), encoding="utf-8")
     if arguments.json:
-        json.dump([{**r, "hits": [vars(hit) for hit in r["hits"]]} for r in results], sys.stdout, indent=2)
+        shown = [{**r, "hits": [vars(hit) for hit in r["hits"]]} for r in results]
+        json.dump(shown, sys.stdout, indent=2, default=str)  # dates have no JSON of their own
         print()
         return
+    for index in dict.fromkeys(r["index"] for r in results):
+        print(f"index: {index}\n")
     print("\n\n".join(show(r["query"], r["direction"], r["hits"]) for r in results))
+    if arguments.html:
+        print(f"\nwritten: {arguments.html}")

@@ -5,6 +5,7 @@ Comes in: a file (.npy, .npz, .safetensors, .parquet, a FAISS index), a data set
 under `@source(...)`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def open_source(name: str, vectors: str | None = None, **options: Any) -> Vector
     """
     scheme, suffix = name.split("://")[0] if "://" in name else "", Path(name).suffix
     if scheme and scheme not in KINDS:
-        raise ValueError(f"'{name}': unknown kind of source '{scheme}'. Known: {', '.join(sorted(KINDS))}.")
+        raise ValueError(f"'{scheme}://...' is an unknown kind of source. Known: {', '.join(sorted(KINDS))}.")
     kind = KINDS.get(scheme or suffix)
     if kind and not scheme and not Path(name).is_file():
         raise FileNotFoundError(f"No file '{name}'.")
@@ -144,38 +145,41 @@ def open_safetensors(name: str, vectors: str | None = None) -> VectorSource:
 
 @source(".faiss", ".index")
 def open_faiss(name: str, vectors: str | None = None) -> VectorSource:
-    """A FAISS index; its own ids where it has them. Quantised vectors come back as an approximation."""
+    """A FAISS index, memory-mapped; its own ids where it has them. Quantised vectors come back as an approximation."""
     import faiss
 
     try:
-        index = faiss.read_index(name, faiss.IO_FLAG_MMAP)
-    except RuntimeError:
-        index = faiss.read_index(name)
-    inner, ids = index, None
+        index = faiss.read_index(name, faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ValueError(f"'{name}' cannot be read as a FAISS index: {str(error).splitlines()[0]}") from error
+    inner, names = index, None
     if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
-        ids, inner = faiss.vector_to_array(index.id_map), faiss.downcast_index(index.index)
-    if isinstance(inner, faiss.IndexPreTransform):
-        below = faiss.downcast_index(inner.index)
-    else:
-        below = inner
-    if isinstance(below, faiss.IndexIVF):
-        below.make_direct_map()
+        inner, names = faiss.downcast_index(index.index), faiss.vector_to_array(index.id_map)
+    numbers, inverted = np.arange(inner.ntotal), faiss.try_extract_index_ivf(inner)
+    if inverted is not None:  # its vectors lie in lists, each with an id
+        inverted = faiss.downcast_index(inverted)
+        lists = [
+            faiss.rev_swig_ptr(inverted.invlists.get_ids(i), inverted.invlists.list_size(i)).copy()
+            for i in range(inverted.nlist)
+        ]
+        numbers = np.sort(np.concatenate(lists))
+        inverted.set_direct_map_type(faiss.DirectMap.Hashtable)
+    names = numbers if names is None else names[numbers]
 
-    def read() -> Iterator[Batch]:
-        for start in range(0, inner.ntotal, ROWS):
-            count = min(ROWS, inner.ntotal - start)
-            names = None if ids is None else [str(i) for i in ids[start : start + count]]
-            yield names, inner.reconstruct_n(start, count), {}
+    def read(owner=index) -> Iterator[Batch]:  # `inner` is a part of `index` and does not keep it alive
+        for start in range(0, len(numbers), ROWS):
+            part = slice(start, start + ROWS)
+            yield [str(i) for i in names[part]], inner.reconstruct_batch(numbers[part]), {}
 
     try:
-        inner.reconstruct_n(0, min(1, inner.ntotal))
+        inner.reconstruct_batch(numbers[:1])
     except RuntimeError as error:
         raise ValueError(
             f"'{name}' is a {type(inner).__name__}, which cannot give its vectors back. Import what it was built from."
         ) from error
-    exact = isinstance(below, (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat)) and below is inner
-    warning = None if exact else f"a {type(below).__name__} keeps its vectors approximately: so will the store"
-    return VectorSource(name, inner.d, read, inner.ntotal, columns={}, warning=warning)
+    exact = isinstance(inner, (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat))
+    warning = None if exact else f"a {type(inner).__name__} keeps its vectors approximately: so will the store"
+    return VectorSource(name, inner.d, read, len(numbers), warning=warning)
 
 
 @source(".parquet")
@@ -188,6 +192,25 @@ def open_parquet(name: str, vectors: str | None = None) -> VectorSource:
             yield pa.Table.from_batches([batch])
 
     return _of_arrow(name, vectors, file.schema_arrow, file.metadata.num_rows, tables)
+
+
+@source("milvus", "postgresql", "postgres")
+def open_database_table(name: str, vectors: str | None = None) -> VectorSource:
+    """A Milvus collection or a pgvector table, a page at a time; the address is explained by `serving.databases.parse_url`.
+    Rows without a vector are left out."""
+    from serving.databases import open_table, parse_url
+
+    address = parse_url(name)
+    address.vector = vectors or address.vector
+    table = open_table(address)
+    if table.width is None:
+        raise ValueError(f"{address} does not exist.")
+    plain = re.compile("u?int|float|bool")  # a database keeps the other types as text
+    columns = {column: kind if plain.match(kind) else "string" for column, kind in table.columns.items()}
+    rows = table.count()
+    return VectorSource(
+        str(address), table.width, lambda: table.pages(ROWS), rows, table.dtype, columns, reads_twice=False
+    )
 
 
 def open_dataset(name: str, vectors: str | None = None, split: str = "train") -> VectorSource:

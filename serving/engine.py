@@ -61,7 +61,7 @@ class Engine:
 
     Args:
         model: folder or Hub name of a trained model.
-        stores: `{modality: folder or Hub name}` of what can be found.
+        stores: `{modality: folder, Hub name or a database's address}` of what can be found.
         index: as `open_index` takes it, for every store.
         device: `"cpu"`, `"cuda"`, ...; default: a GPU where there is one.
 
@@ -83,10 +83,13 @@ class Engine:
         self.indexes: dict[str, LatentIndex] = {}
         for modality, name in stores.items():
             self.model.config.latent_size(modality)
-            store = LatentStore.open(name) if os.path.isdir(name) else LatentStore.from_hub(name)
+            store, where = None, name  # a database, which holds everything
+            if "://" not in name:
+                on_hub = name.count("/") == 1 and not os.path.exists(name)
+                store, where = LatentStore.from_hub(name) if on_hub else LatentStore.open(name), index
             for direction in self.model.directions:
                 if self.model.config.resolve(direction)[1] == modality:
-                    self.indexes[direction] = open_index(self.model, store, direction, index)
+                    self.indexes[direction] = open_index(self.model, store, direction, where)
         if not self.indexes:
             raise ValueError(f"No direction of {self.model.directions} leads to one of {', '.join(stores)}.")
         # a modality without an encoder or a processor can be asked with latents only
@@ -119,7 +122,7 @@ class Engine:
             for modality in self.sources()
         }
         indexes = {
-            direction: {"items": len(index), "index": index.describe(), "columns": index.store.columns}
+            direction: {"items": len(index), "columns": index.store.columns}
             for direction, index in self.indexes.items()
         }
         return {"model": self.name, "directions": indexes, "sources": latents}

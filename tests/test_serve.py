@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_bert, tiny_processors, tiny_vit, tiny_wav2vec2
+from database_servers import postgres_server
 from PIL import Image
 from transformers import Wav2Vec2FeatureExtractor
 
@@ -31,6 +32,7 @@ from benchmarks import serve as benchmark
 from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
 from serving.batching import Batcher
 from serving.engine import Engine, Query
+from serving.ingest import ingest
 from serving.limits import Limits
 from trainer.cli import main
 
@@ -414,6 +416,7 @@ def test_start_up_errors_are_one_sentence(capsys, flags, tmp_path):
     assert "already" in refuses_to_start(capsys, *free, f"image={image}", "--store", f"image={image}")
     assert "holds 'image' latents, expected 'text'" in refuses_to_start(capsys, *free, f"text={image}")
     assert "No LatentStore at" in refuses_to_start(capsys, *free, f"image={tmp_path}")
+    assert "No LatentStore at" in refuses_to_start(capsys, *free, "image=build/stores/nothing")
     assert str(tmp_path) in refuses_to_start(
         capsys, "--model", str(tmp_path), "--store", f"image={image}", "--port", "0"
     )
@@ -444,6 +447,22 @@ def test_a_batch_is_one_connector_call_a_direction(engine):
     hook.remove()
     assert calls == ["text->image", "image->text"]
     assert {answer.batch for answer in answers} == {9} and all(answer.seconds["connector"] > 0 for answer in answers)
+
+
+def test_a_database_can_be_what_is_searched_and_its_end_is_told(engine, flags):
+    psycopg = pytest.importorskip("psycopg")
+    store = engine.indexes["text->image"].store
+    asked = [Query("text->image", {"text": text}, 3, {"category": "animals"}) for text in TEXTS]
+    with postgres_server() as server:
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION vector")
+        address = f"{server}?table=served"
+        ingest(store, address, engine.model, progress=False)
+        other = Engine(flags[1], {"image": address}, device="cpu")
+        for one, two in zip(engine.answer(asked), other.answer(asked), strict=True):
+            assert same([(h.id, h.score) for h in one.hits], [(h.id, h.score) for h in two.hits])
+        assert "served" not in json.dumps(other.about())
+    assert all(isinstance(answer, OSError) for answer in other.answer(asked))
 
 
 def run_batcher(work, scenario, **settings):

@@ -13,6 +13,9 @@ from PIL import Image
 from transformers import pipeline
 
 from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
+from trainer.arguments import AltMoEArguments
+from trainer.pairs import LatentPairs
+from trainer.trainer import AltMoETrainer
 
 ROOT = Path(__file__).parent.parent
 LOAD = """
@@ -205,6 +208,24 @@ print(model.predict({"image": torch.ones(1, 24)}, "image->text").shape)
 """
 
 
+def resume_from_the_hubs_files(files: dict[str, bytes], folder: Path) -> None:
+    """Two more steps than the pushed run had."""
+    folder.mkdir()
+    for name, content in files.items():
+        if name.startswith("last-checkpoint/"):
+            (folder / Path(name).name).write_bytes(content)
+    latents = paired_latents(32)
+    model = small_model(seed=5)
+    pairs = LatentPairs(latents, {m: [str(i) for i in range(32)] for m in latents}, model.directions)
+    still = {"eval_strategy": "no", "load_best_model_at_end": False, "use_cpu": True, "disable_tqdm": True}
+    args = AltMoEArguments(str(folder.parent / "on"), max_steps=6, per_device_train_batch_size=8, **still)
+    trainer = AltMoETrainer(model, args, pairs)
+    trainer.train(resume_from_checkpoint=str(folder))
+    steps = [entry["step"] for entry in trainer.state.log_history if "train_runtime" not in entry]
+    assert trainer.state.global_step == 6 and steps == sorted(steps) and trainer.optimizer.state_dict()["state"]
+    assert {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()} == {6}
+
+
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_every_hub_strategy_pushes_a_loadable_repository_without_pickles_or_tokens(hub, strategy, tmp_path):
     mine = hub.environment(tmp_path / "mine")
@@ -221,6 +242,7 @@ def test_every_hub_strategy_pushes_a_loadable_repository_without_pickles_or_toke
         # all that a run needs to go on from there
         needed = ("config.json", "trainer_state.json", "training_state.safetensors", "rng_state_0.safetensors")
         assert {f"last-checkpoint/{name}" for name in needed} <= set(files)
+        resume_from_the_hubs_files(files, tmp_path / "last-checkpoint")
     if strategy == "all_checkpoints":
         assert "checkpoint-2/config.json" in files
     pulled = run(LOAD_TRAINED, hub.environment(tmp_path / "fresh", None), tmp_path / "elsewhere")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import paired_latents, tiny_processors
+from conftest import paired_latents, small_model, tiny_processors
 from hub_server import READ, STRANGER, Hub
 from PIL import Image
 from transformers import pipeline

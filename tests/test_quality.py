@@ -93,6 +93,14 @@ def test_slow_methods_get_fewer_splits_and_no_curve(stores):
     assert len(quality.plan("d", stores, whole)) == 3  # 5000 concepts are not there
 
 
+def test_a_large_set_gets_what_is_quick_unless_more_is_named(stores, monkeypatch):
+    monkeypatch.setattr(quality, "LARGE", 50)
+    jobs = quality.plan("d", stores, quality.parser().parse_args([]))
+    assert {job.seed for job in jobs} == {0, 1, 2} and not {job.method for job in jobs} & set(quality.SLOW)
+    named = quality.plan("d", stores, quality.parser().parse_args(["--methods", "sail", "--slow_seeds", "1"]))
+    assert [(job.method, job.seed) for job in named] == [("sail", 0)]
+
+
 def test_leads_are_paired_by_split():
     def figures(value):
         return {name: {"mean_recall": value} for name in VARIANTS}

@@ -144,3 +144,15 @@ def test_what_is_missing_is_made_with_commands_that_are_shown(monkeypatch, capsy
     assert len(quality.directions_of(languages)) == 30
     assert languages["text_fr"] == "build/stores/stamps-speech/text_fr"
     assert np.isclose(quality.TEST + quality.VALIDATION, 0.3)
+
+
+def test_pictures_by_several_blocks_are_a_data_set_of_their_own(tmp_path, monkeypatch):
+    """Only the pictures are encoded anew; captions are those of the plain data set."""
+    monkeypatch.chdir(tmp_path)
+    called = []
+    monkeypatch.setattr(data_sets.subprocess, "run", lambda words, check: called.append(words[1:]))
+    folders = data_sets.prepare("stamps-blocks")
+    assert folders == {"image": "build/stores/stamps-blocks/image", "text": "build/stores/stamps/text"}
+    pictures, captions = [words for words in called if "encode" in words]
+    assert pictures[-2:] == ["--combine", "concat"] and "build/data/stamps" in pictures
+    assert "--combine" not in captions and captions[captions.index("--out") + 1] == folders["text"]

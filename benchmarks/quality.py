@@ -1,147 +1,243 @@
-"""Recall on held-out concepts over several splits: altmoe, the paper's plain configuration and simpler methods.
+"""Recall on held-out concepts: altmoe, the paper's plain configuration and simpler methods, beside each other.
 
-`python -m benchmarks.quality --data stamps` needs the stores that `make demo` leaves. Every method gets the same split,
-the same training rows, the same validation pairs and the same post-processing. Prints a table with standard errors and
-writes JSON to `benchmarks/results/`; splits that are already there are not run again, so it can be interrupted.
+`python -m benchmarks.quality` measures the stamps and Twemoji (and the icons where their stores are, or with `--all`),
+makes the stores it lacks, and prints one table over all of them; `--data stamps-speech` adds speech as a third modality,
+and `--stores image=FOLDER text=HUB_NAME` measures any latents. Every method gets the same split by concept, the same
+training rows, the same validation pairs, the same post-processing, and at most 24 configurations to choose from. A
+measurement that is there is not made twice, so it can be interrupted, and run in several processes; `--again` makes it
+anew. Methods that are trained by gradient search longest: they get fewer splits (`--slow_seeds`), and a set of more than
+4,000 pairs gets fewer splits for all and none of them unless they are named with `--methods`. The table says so.
 """
 
 import argparse
+import contextlib
+import datetime
+import io
+import itertools
 import json
 import os
+import sys
 import time
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from subprocess import CalledProcessError
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: measured faster than two threads
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import numpy as np
+import torch
 
-from benchmarks.common import RESULTS, keep, read_results, standard_error
+from benchmarks import data_sets, report
+from benchmarks.common import RESULTS, keep, read_results
 from trainer.arguments import parse_arguments
+from trainer.baselines import CLOSED_FORMS, TRIALS
 from trainer.evaluate import BASELINES, EvaluateArguments, evaluate
-from trainer.evaluation import VARIANTS, format_table
-from trainer.plotting import pyplot
-from trainer.train import train
+from trainer.evaluation import evaluate_variants
+from trainer.heads import HEADS
+from trainer.measuring import partnered_latents, retrieval_data
+from trainer.pairs import LatentPairs
+from trainer.train import open_stores, train
 
-QUICK = ("chance", "ridge", "kernel_ridge", "cca", "asif", "linear_infonce")
-
-
-def run_split(data: str, recipe: str, seed: int, concepts: int, baselines: list[str]) -> dict:
-    """Train one recipe on one split and measure it (and the baselines) on the test split."""
-    folder = f"build/runs/benchmark-{data}-{Path(recipe).stem}-{concepts or 'all'}-{seed}"
-    stores = json.dumps({m: f"build/stores/{data}/{m}" for m in ("image", "text")})
-    flags = ["--stores", stores, "--output_dir", folder, "--split_seed", seed, "--seed", seed, "--overwrite", "true"]
-    start = time.time()
-    train(parse_arguments([recipe, *map(str, flags), "--train_concepts", str(concepts), "--disable_tqdm", "true"]))
-    seconds = time.time() - start
-    result = evaluate(EvaluateArguments(model=folder, baselines=baselines or ["none"]))
-    measured = result["results"]["image<->text"]
-    measured["altmoe"]["seconds"] = seconds
-    measured["altmoe"]["confidence"] = {
-        direction: {name: value for name, value in figures.items() if name != "curve"}
-        for direction, figures in result["confidence"].items()
-    }
-    for cells in measured.values():
-        cells["training_rows"] = min(result["protocol"]["training_rows"].values())
-    return measured
+OURS = {"altmoe": [], "paper": ["model_cards/recipes/paper.yaml"]}
+SLOW = ("paper", *HEADS)
+METHODS = (*OURS, *BASELINES)
+QUICK = ("altmoe", "chance", "ridge", "kernel_ridge", "cca", "asif")
+CURVE = ("altmoe", *CLOSED_FORMS)
+LARGE = 4000  # training pairs from which a search of 24 trained heads takes an hour a split
+FLAGS: list[str] = []  # further flags of `altmoe train`, for tests
+TEST, VALIDATION = 0.2, 0.1  # shares of the concepts
+SEARCH = {
+    "altmoe": "one recipe for all data sets; on training rows out of fold: 72 closed forms a direction, 17 metrics; on "
+    "validation: checkpoints, 5 shares of the experts",
+    "paper": "one configuration; on validation: checkpoints",
+    "others": f"at most {TRIALS} configurations on validation (trained ones by successive halving), and early stopping",
+    "everybody": "on validation: 5 strengths of the hubness correction",
+}
 
 
-def draw(rows: dict, data: str) -> None:
-    """A bar a method: mean recall with its standard error."""
-    column = list(VARIANTS)[-1].replace("_", " ")
-    values = {name: 100 * np.array(cells[column]) for name, cells in rows.items()}
-    order = sorted(values, key=lambda name: values[name].mean())
-    errors = [standard_error(values[name]) for name in order]
-    figure, axis = pyplot().subplots(figsize=(7, 0.45 * len(order) + 1.2), layout="constrained")
-    colors = ["#1a6fb0" if name == "altmoe" else "#b8bec4" for name in order]
-    axis.barh(order, [values[name].mean() for name in order], xerr=errors, color=colors, capsize=3)
-    axis.set_xlabel(f"mean recall on held-out concepts of {data}, % (± standard error, {len(values[order[0]])} splits)")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / f"quality-{data}.png", dpi=100)
+@dataclass(frozen=True)
+class Job:
+    """One method on one split with one number of training concepts (0: all)."""
+
+    data: str
+    method: str
+    seed: int
+    concepts: int
 
 
-def draw_curve(sizes: dict, methods: list[str], data: str) -> None:
-    """Mean recall against the number of training pairs, a line a method."""
-    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
-    for method in methods:
-        points = []
-        for splits in sizes.values():
-            of = [split[method] for split in splits.values() if method in split]
-            values = 100 * np.array([m[list(VARIANTS)[-1]]["mean_recall"] for m in of])
-            if len(of):
-                points.append((np.mean([m["training_rows"] for m in of]), values.mean(), standard_error(values)))
-        rows, means, errors = zip(*sorted(points), strict=True)
-        style = {"color": "#1a6fb0", "linewidth": 2.5} if method == "altmoe" else {"linewidth": 1.2}
-        axis.errorbar(rows, means, yerr=errors, label=method, capsize=3, marker="o", **style)
-    axis.set(xscale="log", xlabel="training pairs", ylabel=f"mean recall on held-out concepts of {data}, %")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(RESULTS / f"curve-{data}.png", dpi=100)
+def directions_of(stores: dict[str, str]) -> list[str]:
+    """Both ways between every two modalities."""
+    return [f"{x}->{y}" for a, b in itertools.combinations(sorted(stores), 2) for x, y in ((a, b), (b, a))]
 
 
-def confidence_table(splits: list[dict]) -> str:
-    """Coverage, precision and calibration by direction."""
-    names = ("coverage", "precision", "false_alarms", "auroc", "calibration_error")
-    rows = {
-        direction: {
-            name.replace("_", " "): [split["confidence"][direction][name] for split in splits] for name in names
+def open_split(stores: dict[str, str], seed: int, concepts: int) -> dict[str, LatentPairs]:
+    """The same parts that `altmoe train` makes."""
+    opened = open_stores(dict(sorted(stores.items())))
+    parts = LatentPairs.from_stores(opened, directions_of(stores)).split(seed, TEST, VALIDATION)
+    if concepts:
+        parts["train"] = parts["train"].sample_concepts(concepts, seed)
+    return parts
+
+
+def run_ours(job: Job, stores: dict[str, str]) -> dict:
+    """Train one recipe and measure it: `{pair of modalities: figures}`."""
+    folder = f"build/runs/quality-{job.data}-{job.method}-{job.concepts or 'all'}-{job.seed}"
+    flags = {"stores": json.dumps(stores), "output_dir": folder, "split_seed": job.seed, "seed": job.seed}
+    flags |= {"test_fraction": TEST, "validation_fraction": VALIDATION, "train_concepts": job.concepts}
+    flags |= {"overwrite": "true", "disable_tqdm": "true"}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    wall, own = time.time(), time.process_time()
+    train(parse_arguments([*OURS[job.method], *words, "--directions", *directions_of(stores), *FLAGS]))
+    cost = {"seconds": time.time() - wall, "cpu_seconds": time.process_time() - own}
+    result = evaluate(EvaluateArguments(model=folder, baselines=["none"]))
+    found = {}
+    for pair, methods in result["results"].items():
+        confidence = {
+            direction: {name: value for name, value in figures.items() if name != "curve"}
+            for direction, figures in result["confidence"].items()
+            if set(direction.split("->")) == set(pair.split("<->"))
         }
-        for direction in splits[0]["confidence"]
-    }
-    return format_table(rows)
+        rows = min(result["protocol"]["training_rows"].values())
+        found[pair] = {**methods["altmoe"], **cost, "training_rows": rows, "confidence": confidence}
+    return found
 
 
-def main() -> None:
-    """Run what is missing, print the tables, write the JSON, draw."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--data", default="stamps", help="a folder of build/stores with an image and a text store")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="splits (default: 0 1 2 3 4)")
-    parser.add_argument(
-        "--concepts", type=int, nargs="+", default=[0], help="training concepts, 0: all; several give a curve"
+def run_baseline(job: Job, stores: dict[str, str]) -> dict:
+    """Fit and choose one competitor, a pair of modalities after the other: `{pair of modalities: figures}`."""
+    parts, found = open_split(stores, job.seed, job.concepts), {}
+    for pair in itertools.combinations(sorted(stores), 2):
+        latents, validation = partnered_latents(parts["train"], pair), retrieval_data(parts["validation"], pair)
+        direction = "->".join(pair)
+        rows = parts["train"].batch(direction, range(len(parts["train"].rows[direction])))
+        groups = torch.from_numpy(parts["train"].group_of_key[rows["keys"]])
+        method = BASELINES[job.method]()
+        wall, own = time.time(), time.process_time()
+        retriever = method.fit(rows["latents"], validation, groups, seed=job.seed)
+        cost = {"seconds": time.time() - wall, "cpu_seconds": time.process_time() - own, "trials": method.trials}
+        figures = evaluate_variants(retriever, latents, validation, retrieval_data(parts["test"], pair))
+        found["<->".join(pair)] = {**figures, **cost, "training_rows": len(groups), "chosen": retriever.config}
+    return found
+
+
+def run_job(job: Job, stores: dict[str, str]) -> None:
+    """Measure, and keep it in the data set's JSON."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = (run_ours if job.method in OURS else run_baseline)(job, stores)
+    about = {"data": job.data, "split": {"test": TEST, "validation": VALIDATION, "by": "concept"}, "search": SEARCH}
+    place = [str(job.concepts or "all"), str(job.seed)]
+    today = datetime.date.today().isoformat()
+    for pair, figures in found.items():
+        keep(path_of(job.data), about, "sizes", [*place, pair, job.method], {**figures, "date": today})
+
+
+def path_of(data: str):
+    """Where a data set's figures lie."""
+    return RESULTS / f"quality-{data}.json"
+
+
+def plan(data: str, stores: dict[str, str], given) -> list[Job]:
+    """All that is asked for, least first: closed forms, then ours, then what searches longest."""
+    pairs = LatentPairs.from_stores(open_stores(stores), directions_of(stores))
+    concepts = len(set(pairs.groups.values()))
+    most = concepts - round(TEST * concepts) - round(VALIDATION * concepts)
+    sizes = [size for size in given.concepts if size < most]
+    large = (1 - TEST - VALIDATION) * len(pairs) > LARGE
+    methods = given.methods or [name for name in METHODS if not (large and name in SLOW)]
+    jobs = []
+    for method, size in itertools.product(methods, sizes):
+        few = large or method in SLOW or (size and not given.full_curve)
+        if size and method not in CURVE and not given.full_curve:
+            continue
+        jobs += [Job(data, method, seed, size) for seed in (given.seeds[: given.slow_seeds] if few else given.seeds)]
+    order = {**dict.fromkeys(CLOSED_FORMS, 0), "altmoe": 1, "paper": 2}
+    return sorted(jobs, key=lambda job: (order.get(job.method, 3), job.concepts > 0, job.seed))
+
+
+def is_done(job: Job, pairs: int) -> bool:
+    """Whether every pair of modalities has this job's figures."""
+    split = read_results(path_of(job.data), "sizes").get(str(job.concepts or "all"), {}).get(str(job.seed), {})
+    return sum(job.method in methods for methods in split.values()) == pairs
+
+
+def run_all(jobs: list[tuple[Job, dict]], processes: int) -> None:
+    """Run jobs one by one, or in several processes; a failed one is named and ends the run after the others."""
+    start, failed = time.time(), []
+
+    def told(job: Job, number: int, error: BaseException | None) -> None:
+        what = f"{job.data}, split {job.seed}, {job.concepts or 'all'} concepts, {job.method}"
+        print(f"[{number}/{len(jobs)}, {time.time() - start:.0f} s] {what}{f': {error}' if error else ''}", flush=True)
+        if error:
+            failed.append(what)
+
+    if processes == 1 or len(jobs) < 2:
+        for number, (job, stores) in enumerate(jobs, start=1):
+            try:
+                run_job(job, stores)
+                told(job, number, None)
+            except Exception as error:
+                told(job, number, error)
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(run_job, job, stores): job for job, stores in jobs}
+            for number, done in enumerate(as_completed(running), start=1):
+                told(running[done], number, done.exception())
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(jobs)} measurements failed: {'; '.join(failed[:5])}")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n\n")[0])
+    add = result.add_argument
+    add("--data", nargs="+", help=f"data sets: {', '.join(data_sets.DATA)}, or a folder of build/stores")
+    add(
+        "--stores",
+        nargs="+",
+        metavar="MODALITY=STORE",
+        help="two stores or more, by folder or Hub name, as one data set",
     )
-    parser.add_argument("--baselines", nargs="*", default=list(BASELINES))
-    parser.add_argument("--no_paper", action="store_true", help="leave out the paper's plain configuration")
-    parser.add_argument("--quick", action="store_true", help="two splits and the methods that are tuned in seconds")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.seeds, arguments.no_paper = arguments.seeds[:2], True
-        arguments.baselines = [name for name in arguments.baselines if name in QUICK]
-    for modality in ("image", "text"):
-        if not Path(f"build/stores/{arguments.data}/{modality}").is_dir():
-            parser.error(f"no store at build/stores/{arguments.data}/{modality}: run 'altmoe encode' (see README)")
-    path = RESULTS / f"quality-{arguments.data}.json"
-    sizes, about = read_results(path, "sizes"), {"data": arguments.data}
-    for seed in arguments.seeds:
-        for concepts in arguments.concepts:
-            size = str(concepts or "all")
-            done = sizes.get(size, {}).get(str(seed), {})
-            missing = [name for name in arguments.baselines if name not in done]
-            if "altmoe" not in done or missing:
-                measured = run_split(arguments.data, "model_cards/recipes/stamps.yaml", seed, concepts, missing)
-                sizes = keep(path, about, "sizes", [size, str(seed)], measured)
-            if "paper" not in done and not arguments.no_paper:
-                measured = run_split(arguments.data, "model_cards/recipes/paper.yaml", seed, concepts, [])
-                sizes = keep(path, about, "sizes", [size, str(seed)], {"paper": measured["altmoe"]})
-    methods = ["altmoe", *([] if arguments.no_paper else ["paper"]), *arguments.baselines]
-    for concepts in arguments.concepts:
-        rows: dict = {}
-        for method in methods:
-            of = [sizes[str(concepts or "all")][str(seed)][method] for seed in arguments.seeds]
-            best = [m[list(VARIANTS)[-1]] for m in of]
-            rows[method] = {name.replace("_", " "): [m[name]["mean_recall"] for m in of] for name in VARIANTS}
-            for direction in ("image->text", "text->image"):
-                rows[method][f"{direction} R@1"] = [m[direction]["recall@1"] for m in best]
-                rows[method][f"{direction} R@10"] = [m[direction]["recall@10"] for m in best]
-        named = f"{concepts} training concepts" if concepts else "all training pairs"
-        print(f"\n{arguments.data}, {named}, mean recall in % ± standard error over {len(arguments.seeds)} splits\n")
-        print(format_table(rows))
-        print("\naltmoe's confidence that the first result is a match, every second query without one, %\n")
-        print(confidence_table([sizes[str(concepts or "all")][str(seed)]["altmoe"] for seed in arguments.seeds]))
-        if not concepts:
-            draw(rows, arguments.data)
-    if len(arguments.concepts) > 1:
-        draw_curve(sizes, methods, arguments.data)
+    add("--name", default="given", help="what the data set of --stores is called in the results (default: given)")
+    add("--all", action="store_true", help="the icons, too, even if their stores have to be made (10 minutes)")
+    add("--seeds", type=int, nargs="+", default=list(range(5)), help="splits (default: 0 1 2 3 4)")
+    add("--slow_seeds", type=int, default=3, help="so many of them for slow methods and for curves (default: 3)")
+    add("--concepts", type=int, nargs="+", default=[0], help="training concepts, 0: all; several draw a curve")
+    add("--full_curve", action="store_true", help="the curve for slow methods, too")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"default: all of {', '.join(METHODS)}")
+    add("--again", nargs="+", default=[], choices=METHODS, metavar="METHOD", help="measure these anew")
+    add("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    add("--quick", action="store_true", help="stamps, two splits, no method trained by gradient but ours: 2 minutes")
+    add("--show", action="store_true", help="measure nothing, print and draw what is there")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, print the tables, draw."""
+    line = parser()
+    given = line.parse_args(arguments)
+    if given.quick:
+        given.data, given.seeds = given.data or ["stamps"], given.seeds[:2]
+        given.methods = [name for name in given.methods or QUICK if name in QUICK]
+    try:
+        if given.stores:
+            asked = {given.name: data_sets.given_stores(given.stores)}
+        else:
+            names = given.data or ["stamps", "twemoji"]
+            if not given.data and (given.all or data_sets.is_there("icons")):
+                names.append("icons")
+            asked = {name: (data_sets.store_folders if given.show else data_sets.prepare)(name) for name in names}
+    except (ValueError, OSError, CalledProcessError) as error:
+        line.error(str(error))
+    if not given.show:
+        jobs = []
+        for data, stores in asked.items():
+            pairs = len(stores) * (len(stores) - 1) // 2
+            found = [job for job in plan(data, stores, given) if job.method in given.again or not is_done(job, pairs)]
+            jobs += [(job, stores) for job in found]
+        print(f"{len(jobs)} measurements to make", flush=True)
+        run_all(jobs, given.jobs)
+    report.show(list(asked), given.methods or list(METHODS))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

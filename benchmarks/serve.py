@@ -42,15 +42,16 @@ class Running:
 
     Args:
         flags: of `altmoe serve`, without `--port`.
+        program: how Python is told to run the `altmoe` command.
 
     Raises:
         RuntimeError: it ended before it was ready; with what it said.
     """
 
-    def __init__(self, flags: list[str]):
+    def __init__(self, flags: list[str], program: tuple[str, ...] = ("-m", "trainer.cli")):
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.cli", "serve", "--port", "0", *flags],
+            [sys.executable, *program, "serve", "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
@@ -121,7 +122,17 @@ def drive(server: Running, folder: Path, kind: str, bodies: tuple[int, str], cli
     names = ("altmoe_batch_size_sum", "altmoe_batch_size_count", "process_cpu_seconds_total")
     before = [server.metric(name) for name in names]
     script = str(Path(__file__).with_suffix(".lua"))
-    tool = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "--timeout", "120s", "-s", script, f"{server.url}/search"]
+    tool = [
+        "wrk",
+        "-t1",
+        f"-c{clients}",
+        f"-d{seconds:.0f}s",
+        "--timeout",
+        "120s",
+        "-s",
+        script,
+        f"{server.url}/search",
+    ]
     said = subprocess.run(
         [*tool, "--", str(folder / kind), *map(str, bodies)], capture_output=True, text=True, check=True
     )
@@ -155,8 +166,10 @@ def main() -> None:
     parser.add_argument("--data", default="build/data/stamps", help="data set with columns image and caption")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--kinds", nargs="+", default=["latent", "text", "image"], help="kinds of queries")
-    parser.add_argument("--seconds", type=float, default=10, help="of each cell")
-    parser.add_argument("--flags", default="--threads 1", help="further flags of altmoe serve, in one string")
+    parser.add_argument("--seconds", type=float, default=10, help="of each cell, at least")
+    parser.add_argument(
+        "--flags", default="--threads 1 --timeout 120", help="further flags of altmoe serve, in one string"
+    )
     parser.add_argument("--out", default=str(RESULTS / "serve.json"))
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
@@ -171,7 +184,8 @@ def main() -> None:
             kinds = write_bodies(Path(folder), 200, arguments.data, f"{arguments.stores}/text")
             for kind in arguments.kinds:
                 for clients in arguments.clients:
-                    cells.append(drive(server, Path(folder), kind, kinds[kind], clients, arguments.seconds))
+                    seconds = max(arguments.seconds, clients / 10)  # so that each client has a few answers
+                    cells.append(drive(server, Path(folder), kind, kinds[kind], clients, seconds))
                     print(table(cells[-1:]).splitlines()[-1], file=sys.stderr)
     finally:
         code = server.stop()

@@ -8,7 +8,9 @@ own, and trains the project's own connector (no closed form) on pairs:
 With conflict 0 every R is the identity: one map serves all items. With conflict 1 every (modality, cluster) has its own
 rotation, so what is right for one cluster is wrong for another, and the clusters compete for a connector that is
 narrower than the latents. Four arms with equal direction updates and equal active parameters: mixture or one dense
-expert, alternating or joint. It is a model of a difficulty, not evidence about real encoders.
+expert, alternating or joint. A joint step updates all T directions at once, so at equal updates (equal work) the joint
+arms make T times fewer steps; `--updates` with several numbers says what is left of that with more training. It is a
+model of a difficulty, not evidence about real encoders.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import itertools
 import os
 import tempfile
 import time
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -51,21 +54,29 @@ def rotation(generator: torch.Generator, conflict: float) -> torch.Tensor:
     return left @ right
 
 
-def world(modalities: int, conflict: float, noise: float, rows: int, seed: int) -> tuple[dict, torch.Tensor]:
-    """`{modality: (rows, SIZE)}` latents and the cluster of each row `(rows,)`."""
+class World(NamedTuple):
+    """Latents `{modality: (rows, SIZE)}`, the cluster of each row `(rows,)`, own factors `{modality: (rows, OWN)}`."""
+
+    latents: dict[str, torch.Tensor]
+    cluster: torch.Tensor
+    own: dict[str, torch.Tensor]
+
+
+def world(modalities: int, conflict: float, noise: float, rows: int, seed: int) -> World:
+    """A seeded world, see the module's docstring."""
     generator = torch.Generator().manual_seed(seed)
     centres = 1.5 * torch.randn(CLUSTERS, SHARED, generator=generator)
     mix = [torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator))[0] for _ in range(modalities)]
     turns = [torch.stack([rotation(generator, conflict) for _ in range(CLUSTERS)]) for _ in range(modalities)]
     cluster = torch.randint(CLUSTERS, (rows,), generator=generator)
     shared = centres[cluster] + torch.randn(rows, SHARED, generator=generator)
-    latents = {}
+    latents, own = {}, {}
     for number in range(modalities):
         seen = torch.einsum("rij,rj->ri", turns[number][cluster], shared)
-        own = torch.randn(rows, OWN, generator=generator)
-        latents[f"m{number}"] = torch.cat([seen, own], dim=1) @ mix[number][: SHARED + OWN]
+        own[f"m{number}"] = torch.randn(rows, OWN, generator=generator)
+        latents[f"m{number}"] = torch.cat([seen, own[f"m{number}"]], dim=1) @ mix[number][: SHARED + OWN]
         latents[f"m{number}"] += noise * torch.randn(rows, SIZE, generator=generator)
-    return latents, cluster
+    return World(latents, cluster, own)
 
 
 def shared_information(a: np.ndarray, b: np.ndarray, seed: int = 0) -> float:
@@ -93,31 +104,41 @@ def shared_information(a: np.ndarray, b: np.ndarray, seed: int = 0) -> float:
 
 
 @torch.no_grad()
-def what_gates_find(model, latents: dict, cluster: torch.Tensor) -> dict:
-    """Shared information of the chosen first expert with the item's cluster, and with the direction."""
-    chosen, clusters, directions = [], [], []
-    for number, direction in enumerate(model.directions):
-        source = direction.partition("->")[0]
-        output = model.connector({source: latents[source]}, direction)
-        for gate in range(output.router_indices.shape[1]):
-            chosen.append(output.router_indices[:, gate, 0].numpy())
-            clusters.append(cluster.numpy())
-            directions.append(np.full(len(cluster), number))
-    chosen, clusters, directions = map(np.concatenate, (chosen, clusters, directions))
-    return {"cluster": shared_information(chosen, clusters), "direction": shared_information(chosen, directions)}
+def what_gates_find(model, items: World) -> dict:
+    """Shared information of each gate's first expert with what made the item.
+
+    Returns:
+        `{"contrastive" | "regression": {"cluster", "own", "direction"}}`: the cluster (the shared part), the octant of the
+        source's own factor (its first three signs: as many labels as clusters), and the direction.
+    """
+    found = {}
+    for gate, name in enumerate(("contrastive", "regression")):
+        columns = {"expert": [], "cluster": [], "own": [], "direction": []}
+        for number, direction in enumerate(model.directions):
+            source = direction.partition("->")[0]
+            output = model.connector({source: items.latents[source]}, direction)
+            columns["expert"].append(output.router_indices[:, gate % output.router_indices.shape[1], 0])
+            columns["cluster"].append(items.cluster)
+            columns["own"].append(((items.own[source][:, :3] > 0) * torch.tensor([1, 2, 4])).sum(1))
+            columns["direction"].append(torch.full_like(items.cluster, number))
+        chosen, *others = (torch.cat(parts).numpy() for parts in columns.values())
+        found[name] = {
+            label: shared_information(chosen, other) for label, other in zip(list(columns)[1:], others, strict=True)
+        }
+    return found
 
 
-def run(arm: str, modalities: int, conflict: float, seed: int, given) -> dict:
+def run(arm: str, modalities: int, conflict: float, updates: int, seed: int, given) -> dict:
     """Train one arm in one world and measure it on items it has not seen."""
     changes, schedule = ARMS[arm]
-    latents, cluster = world(modalities, conflict, given.noise, given.rows + 300, seed)
+    items = world(modalities, conflict, given.noise, given.rows + 300, seed)
     keys = [f"k{i}" for i in range(given.rows + 300)]
     directions = [f"m{a}->m{b}" for a in range(modalities) for b in range(modalities) if a != b]
     parts = {}
     for name, rows in (("train", slice(0, given.rows)), ("test", slice(given.rows, None))):
-        held = {m: x[rows] for m, x in latents.items()}
+        held = {m: x[rows] for m, x in items.latents.items()}
         parts[name] = LatentPairs(held, {m: keys[rows] for m in held}, directions)
-    encoders = {m: {"latent_size": SIZE} for m in latents}
+    encoders = {m: {"latent_size": SIZE} for m in items.latents}
     torch.manual_seed(seed)
     config = AltMoEConfig(
         encoders=encoders,
@@ -130,18 +151,21 @@ def run(arm: str, modalities: int, conflict: float, seed: int, given) -> dict:
     )
     model = AltMoEModel(config)
     fit_frames(model, parts["train"])
-    updates = given.updates * len(directions)
+    steps = updates if schedule == "joint" else updates * len(directions)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         arguments = AltMoEArguments(
             output_dir=folder, seed=seed, schedule=schedule, use_cpu=True, disable_tqdm=True,
-            max_steps=updates // len(directions) if schedule == "joint" else updates, learning_rate=3e-3,
+            max_steps=steps, learning_rate=3e-3,
             per_device_train_batch_size=given.batch, eval_strategy="no", save_strategy="no", logging_steps=10**6,
             load_best_model_at_end=False, early_stopping_patience=0,
         )  # fmt: skip
         start = time.time()
         AltMoETrainer(model, arguments, parts["train"]).train()
     model.eval()
-    found = what_gates_find(model, parts["test"].latents, cluster[given.rows :]) if config.num_experts > 1 else {}
+    unseen = World(
+        parts["test"].latents, items.cluster[given.rows :], {m: own[given.rows :] for m, own in items.own.items()}
+    )
+    found = what_gates_find(model, unseen) if config.num_experts > 1 else {}
     return {
         "recall": evaluate_pairs(model, parts["test"])["mean_recall"],
         "seconds": time.time() - start,
@@ -149,54 +173,77 @@ def run(arm: str, modalities: int, conflict: float, seed: int, given) -> dict:
     }
 
 
-def table(results: dict, cells: list[tuple], seeds: list[int]) -> str:
-    """A row a world: recall of every arm, paired gains of the mixture and of alternation, what the gates find."""
+def place_of(modalities: int, conflict: float, updates: int) -> str:
+    """The name of a world and its length of training in the JSON."""
+    return f"{modalities}/{conflict}/{updates}"
+
+
+def recalls(results: dict, place: str) -> dict[str, np.ndarray]:
+    """Recall in percent of every arm, of the seeds that all arms have."""
+    of = results.get(place, {})
+    seeds = sorted(set.intersection(*(set(of.get(arm, {})) for arm in ARMS)))
+    return {arm: np.array([100 * of[arm][seed]["recall"] for seed in seeds]) for arm in ARMS}
+
+
+def _text(values, digits: int = 1) -> str:
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{error}"
+
+
+def table(results: dict, cells: list[tuple]) -> str:
+    """A row a world and number of updates: recall of every arm, paired gains of the mixture and of alternation."""
     lines = [
-        f"| modalities | conflict | {' | '.join(ARMS)} | mixture's gain | alternation's gain | gates: cluster | gates: direction |",
+        f"| modalities | conflict | updates | seeds | {' | '.join(ARMS)} | mixture's gain | alternation's gain |",
         "|---" * (6 + len(ARMS)) + "|",
     ]
-    for modalities, conflict in cells:
-        of = {arm: [results[f"{modalities}/{conflict}"][arm][str(s)] for s in seeds] for arm in ARMS}
-        recall = {arm: 100 * np.array([m["recall"] for m in runs]) for arm, runs in of.items()}
-        mixture = (
-            recall["mixture, alternating"] - recall["dense, alternating"],
-            recall["mixture, joint"] - recall["dense, joint"],
-        )
-        turns = (
-            recall["mixture, alternating"] - recall["mixture, joint"],
-            recall["dense, alternating"] - recall["dense, joint"],
-        )
-        gates = [[m["gates"][name] for m in of["mixture, alternating"]] for name in ("cluster", "direction")]
-        values = [*recall.values(), np.mean(mixture, axis=0), np.mean(turns, axis=0)]
-        texts = [f"{v.mean():.1f} ± {standard_error(v):.1f}" for v in values]
-        texts += [f"{np.mean(v):.2f} ± {standard_error(v):.2f}" for v in gates]
-        lines.append(f"| {modalities} | {conflict:g} | {' | '.join(texts)} |")
+    for cell in cells:
+        recall = recalls(results, place_of(*cell))
+        alternating, joint, dense, dense_joint = (recall[arm] for arm in ARMS)
+        if not len(joint):
+            continue
+        gains = [(alternating - dense + joint - dense_joint) / 2, (alternating - joint + dense - dense_joint) / 2]
+        texts = [_text(values) for values in (*recall.values(), *gains)]
+        lines.append(f"| {cell[0]} | {cell[1]:g} | {cell[2]} | {len(joint)} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
-def draw(results: dict, cells: list[tuple], seeds: list[int]) -> None:
-    """Recall against conflict, a panel for each number of modalities, a line an arm."""
-    counts = sorted({modalities for modalities, _ in cells})
+def gates_table(results: dict, cells: list[tuple]) -> str:
+    """What the first expert of each gate shares with the item, in the alternating mixture."""
+    labels = [(gate, label) for gate in ("contrastive", "regression") for label in ("cluster", "own", "direction")]
+    lines = [
+        f"| modalities | conflict | updates | seeds | {' | '.join(f'{gate}: {label}' for gate, label in labels)} |",
+        "|---" * (4 + len(labels)) + "|",
+    ]
+    for cell in cells:
+        runs = results.get(place_of(*cell), {}).get(next(iter(ARMS)), {}).values()
+        runs = [run for run in runs if "contrastive" in run["gates"]]  # earlier versions kept another reading
+        if runs:
+            texts = [_text([run["gates"][gate][label] for run in runs], 2) for gate, label in labels]
+            lines.append(f"| {cell[0]} | {cell[1]:g} | {cell[2]} | {len(runs)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict, cells: list[tuple]) -> None:
+    """Recall against conflict: a panel for each number of modalities and of updates, a line an arm."""
+    panels = sorted({(modalities, updates) for modalities, _, updates in cells})
     figure, axes = pyplot().subplots(
-        1, len(counts), figsize=(4.5 * len(counts), 3.6), sharey=True, layout="constrained", squeeze=False
+        1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True, layout="constrained", squeeze=False
     )
-    for axis, count in zip(axes[0], counts, strict=True):
-        conflicts = [conflict for modalities, conflict in cells if modalities == count]
+    for axis, (count, updates) in zip(axes[0], panels, strict=True):
         for arm in ARMS:
-            values = [[100 * results[f"{count}/{c}"][arm][str(s)]["recall"] for s in seeds] for c in conflicts]
-            style = {
-                "color": "#1a6fb0" if "mixture" in arm else "#d0743c",
-                "linestyle": "-" if "alternating" in arm else "--",
-            }
+            points = [(c, recalls(results, place_of(m, c, u))[arm]) for m, c, u in cells if (m, u) == (count, updates)]
+            points = [(c, values) for c, values in points if len(values)]
             axis.errorbar(
-                conflicts,
-                np.mean(values, axis=1),
-                yerr=[standard_error(v) for v in values],
+                [c for c, _ in points],
+                [values.mean() for _, values in points],
+                yerr=[standard_error(values) for _, values in points],
                 label=arm,
                 capsize=3,
-                **style,
+                color="#1a6fb0" if "mixture" in arm else "#d0743c",
+                linestyle="-" if "alternating" in arm else "--",
             )
-        axis.set(title=f"{count} modalities, {count * (count - 1)} directions", xlabel="conflict between clusters")
+        axis.set_title(f"{count} modalities, {updates} updates a direction", fontsize=9)
+        axis.set_xlabel("conflict between clusters")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("mean recall on new items, %")
     axes[0, 0].legend(frameon=False, fontsize=8)
@@ -212,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--conflict", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=2000, help="training pairs")
-    parser.add_argument("--updates", type=int, default=150, help="updates of each direction")
+    parser.add_argument("--updates", type=int, nargs="+", default=[150, 600], help="updates of each direction")
     parser.add_argument("--width", type=int, default=32, help="the connector's width")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--noise", type=float, default=0.1, help="standard deviation on every latent component")
@@ -221,23 +268,26 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     if given.quick:
-        given.modalities, given.conflict, given.seeds, given.updates, given.rows = [2], [0.0, 1.0], [0], 30, 500
-    about = {"settings": {name: getattr(given, name) for name in ("rows", "updates", "width", "batch", "noise")}}
+        given.modalities, given.conflict, given.seeds, given.updates, given.rows = [2], [0.0, 1.0], [0], [30], 500
+    about = {"settings": {name: getattr(given, name) for name in ("rows", "width", "batch", "noise")}}
     path = PATH.with_name("synthetic-quick.json") if given.quick else PATH
     results = read_results(path, "worlds")
-    cells = list(itertools.product(given.modalities, given.conflict))
-    for (modalities, conflict), arm, seed in itertools.product(cells, ARMS, given.seeds):
-        place = f"{modalities}/{conflict}"
+    cells = list(itertools.product(given.modalities, given.conflict, given.updates))
+    for seed, cell, arm in itertools.product(given.seeds, sorted(cells, key=lambda cell: cell[2]), ARMS):
+        place = place_of(*cell)
         if str(seed) not in results.get(place, {}).get(arm, {}):
-            measured = run(arm, modalities, conflict, seed, given)
+            measured = run(arm, *cell, seed, given)
+            modalities, conflict, updates = cell
             print(
-                f"{modalities} modalities, conflict {conflict:g}, seed {seed}, {arm}: {100 * measured['recall']:.1f} %",
+                f"{modalities} modalities, conflict {conflict:g}, {updates} updates, seed {seed}, {arm}: "
+                f"{100 * measured['recall']:.1f} %",
                 flush=True,
             )
             results = keep(path, about, "worlds", [place, arm, str(seed)], measured)
-    print(f"\nmean recall in % ± standard error, {len(given.seeds)} seeds\n\n{table(results, cells, given.seeds)}")
+    print(f"\nmean recall in % ± standard error over seeds\n\n{table(results, cells)}")
+    print(f"\nwhat the gates' first experts share with the item (0: nothing, 1: all)\n\n{gates_table(results, cells)}")
     if not given.quick:
-        draw(results, cells, given.seeds)
+        draw(results, cells)
 
 
 if __name__ == "__main__":

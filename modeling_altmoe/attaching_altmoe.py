@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils.hub import resolve_revision
 
 from .encoding_altmoe import LatentProtocol, settings_identity, weights_identity
+from .sharing_altmoe import on_hub
 
 SIZE_NAMES = ("hidden_size", "d_model", "hidden_dim", "dim", "embed_dim")
 
@@ -52,7 +53,7 @@ def describe_encoder(
         encoder: a `PreTrainedModel`.
         name_or_path: Hub name or folder; None for an instance made in memory.
         revision: the commit on the Hub; None for local weights, whose hash then is the protocol's identity.
-        protocol: fields of `LatentProtocol` that differ from the defaults (pooling, layers, prompt, normalize).
+        protocol: fields of `LatentProtocol` that differ from the defaults (pooling, layers, combine, prompt, normalize).
         processor: its tokenizer, image processor or feature extractor, whose settings join the protocol.
         lora: a peft `LoraConfig` or its dictionary.
         latent_size: width, where the configuration does not tell.
@@ -65,13 +66,15 @@ def describe_encoder(
         fields["preprocessing"] = settings_identity(processor)
     if name_or_path is not None and not revision:
         name_or_path = os.path.abspath(name_or_path)  # a folder, wherever the model is loaded later
+    protocol = LatentProtocol.from_dict(fields)
+    beside = len(protocol.layers) if protocol.combine == "concat" else 1  # layers of one width; others: say latent_size
     entry = {
         "name_or_path": None if name_or_path is None else str(name_or_path),
         "revision": revision,
         "weights": weights,
         "config": {key: value for key, value in encoder.config.to_dict().items() if key != "_name_or_path"},
-        "latent_size": latent_size or infer_latent_size(encoder.config),
-        "protocol": LatentProtocol.from_dict(fields).to_dict(),
+        "latent_size": latent_size or infer_latent_size(encoder.config) * beside,
+        "protocol": protocol.to_dict(),
     }
     if lora is not None:
         lora = lora if isinstance(lora, dict) else lora.to_dict()
@@ -225,10 +228,14 @@ def base_encoder(encoder: nn.Module) -> nn.Module:
     return plain
 
 
-def save_encoder_parts(encoders: nn.ModuleDict, folder: str | os.PathLike, whole: list[str]) -> None:
-    """Write `adapter_<modality>/` where LoRA was used, and `encoder_<modality>/` with all weights of those in `whole`."""
+def save_encoder_parts(encoders: nn.ModuleDict, entries: dict[str, dict], folder: str | os.PathLike) -> None:
+    """Write `adapter_<modality>/` where LoRA was used, and `encoder_<modality>/` where the entry says `self_contained`."""
     for modality, encoder in encoders.items():
         if getattr(encoder, "_hf_peft_config_loaded", False):
+            # what peft shows of the base model: its Hub name, never a folder of this machine
+            base = entries[modality] if on_hub(entries[modality]) else {}
+            lora = encoder.peft_config["default"]
+            lora.base_model_name_or_path, lora.revision = base.get("name_or_path"), base.get("revision")
             encoder.save_pretrained(os.path.join(folder, f"adapter_{modality}"))
-        if modality in whole:
+        if entries[modality].get("self_contained"):
             base_encoder(encoder).save_pretrained(os.path.join(folder, f"encoder_{modality}"))

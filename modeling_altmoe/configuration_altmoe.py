@@ -36,6 +36,18 @@ def parse_direction(direction: str) -> tuple[tuple[str, ...], str]:
     return sources, parts[1]
 
 
+def check_modality(name: str) -> None:
+    """Raise if a string cannot name a modality: such names become folders (`encoder_<modality>/`).
+
+    Raises:
+        ValueError: saying what can.
+    """
+    if not isinstance(name, str) or not MODALITY_NAME.match(name):
+        raise ValueError(
+            f"{name!r} cannot name a modality: use lower-case letters, digits and underscores, starting with a letter."
+        )
+
+
 def unknown_name_message(what: str, given: str, known) -> str:
     """One sentence for a name that is not known: what was given, what is known, and the nearest known one."""
     known = [str(name) for name in known]
@@ -136,11 +148,7 @@ class AltMoEConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         for modality, spec in self.encoders.items():
-            if not MODALITY_NAME.match(modality):
-                raise ValueError(
-                    f"'{modality}' cannot name a modality: use lower-case letters, digits and underscores, "
-                    "starting with a letter."
-                )
+            check_modality(modality)
             if not isinstance(spec, dict) or not isinstance(spec.get("latent_size"), int) or spec["latent_size"] < 1:
                 raise ValueError(
                     f"encoders['{modality}'] needs a positive integer 'latent_size', got {spec!r}. "

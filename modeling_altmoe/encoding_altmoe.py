@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+ITEM_LENGTHS = "item_lengths"  # in a batch of items of different lengths: how much of each is its own
 POOLINGS = ("mean", "cls", "last_token", "pooler")
+COMBINATIONS = ("mean", "concat")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class LatentProtocol:
         encoder: the encoder's identity: a Hub repository, or `weights:<sha256>` of a local encoder's weights.
         revision: the repository's commit, or `""` for local weights.
         dtype: in which number format the encoder ran.
-        layers: which hidden states are averaged (`(-1,)` the last; the paper averages the last two, `(-2, -1)`).
+        layers: which hidden states are used (`(-1,)` the last; the paper averages the last two, `(-2, -1)`). Where the
+            output is not the last of them (a convolutional encoder's head), -1 is the output and -2 the last block.
+        combine: what happens to several layers: `"mean"`, or `"concat"`: each is pooled and divided by its norm, then
+            they stand side by side (blocks of different widths; early ones see what drawings are made of).
         pooling: over tokens: `"mean"` (ignores padding), `"cls"`, `"last_token"` or `"pooler"` (the encoder's own).
         prompt: text put before every item (the encoder's native protocol matters by tens of points).
         normalize: divide each latent by its L2 norm.
@@ -41,11 +46,16 @@ class LatentProtocol:
     normalize: bool = True
     adapter: str = ""
     preprocessing: str = ""
+    combine: str = "mean"
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         if self.pooling not in POOLINGS:
             raise ValueError(f"Unknown pooling '{self.pooling}'. Known: {', '.join(POOLINGS)}.")
+        if self.combine not in COMBINATIONS:
+            raise ValueError(f"combine='{self.combine}': expected one of {', '.join(COMBINATIONS)}.")
+        if self.combine == "concat" and self.pooling == "pooler":
+            raise ValueError("combine='concat' needs hidden states, pooling='pooler' has none. Use 'mean' or 'cls'.")
         if not self.layers:
             raise ValueError("A protocol needs at least one layer, e.g. layers=(-1,).")
 
@@ -58,8 +68,11 @@ class LatentProtocol:
         return cls(**fields)
 
     def to_dict(self) -> dict:
-        """A JSON-ready dictionary."""
-        return {**dataclasses.asdict(self), "layers": list(self.layers)}
+        """A JSON-ready dictionary; the default `combine` is left out, so fingerprints from before it stay valid."""
+        fields = {**dataclasses.asdict(self), "layers": list(self.layers)}
+        if self.combine == "mean":
+            del fields["combine"]
+        return fields
 
     @property
     def fingerprint(self) -> str:
@@ -72,7 +85,7 @@ class LatentProtocol:
         Raises:
             ValueError: naming each field that differs, with both values.
         """
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         differing = [name for name in mine if mine[name] != theirs[name]]
         if differing:
             details = "; ".join(f"{name}: expected {mine[name]!r}, got {theirs[name]!r}" for name in differing)
@@ -119,6 +132,23 @@ def _tokens(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
 
+def _pool_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """One layer, `(batch, tokens, size)` or a map, as one vector an item, `(batch, size)`."""
+    tokens = _tokens(hidden)
+    if attention_mask is not None and attention_mask.shape[-1] != tokens.shape[1]:
+        attention_mask = None  # the mask counts input samples (audio), not tokens
+    if pooling == "cls":
+        return tokens[:, 0]
+    if attention_mask is None:
+        return tokens[:, -1] if pooling == "last_token" else tokens.mean(1)
+    if pooling == "last_token":
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        last = (attention_mask.to(positions.dtype) * positions).argmax(-1)  # right for left padding, too
+        return tokens[torch.arange(len(tokens), device=tokens.device), last]
+    mask = attention_mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
 def pool(outputs, attention_mask: torch.Tensor | None, protocol: LatentProtocol) -> torch.Tensor:
     """Pool an encoder's output into one vector an item.
 
@@ -138,36 +168,62 @@ def pool(outputs, attention_mask: torch.Tensor | None, protocol: LatentProtocol)
         if pooled is None:
             raise ValueError("pooling='pooler', but this encoder has no pooler_output. Use 'mean' or 'cls'.")
         latent = pooled.flatten(1)  # (batch, size, 1, 1) of convolutional encoders -> (batch, size)
+    elif protocol.layers == (-1,):
+        latent = _pool_tokens(outputs.last_hidden_state, attention_mask, protocol.pooling)
     else:
-        if protocol.layers == (-1,):
-            tokens = _tokens(outputs.last_hidden_state)
+        states = tuple(outputs.hidden_states)
+        if outputs.last_hidden_state.shape != states[-1].shape:
+            states += (outputs.last_hidden_state,)
+        if any(not -len(states) <= layer < len(states) for layer in protocol.layers):
+            raise ValueError(f"layers={protocol.layers}, but this encoder has {len(states)} hidden states.")
+        pooled = [_pool_tokens(states[layer], attention_mask, protocol.pooling).float() for layer in protocol.layers]
+        if protocol.combine == "concat":
+            latent = torch.cat([nn.functional.normalize(part, dim=-1) for part in pooled], dim=-1)
+        elif len({part.shape for part in pooled}) > 1:
+            widths = [part.shape[-1] for part in pooled]
+            raise ValueError(
+                f"layers={protocol.layers} have widths {widths}: no mean of them exists, use combine='concat'."
+            )
         else:
-            states = outputs.hidden_states
-            if any(not -len(states) <= layer < len(states) for layer in protocol.layers):
-                raise ValueError(f"layers={protocol.layers}, but this encoder has {len(states)} hidden states.")
-            tokens = torch.stack([_tokens(states[layer]) for layer in protocol.layers]).mean(0)
-        # tokens: (batch, tokens, size)
-        if attention_mask is not None and attention_mask.shape[-1] != tokens.shape[1]:
-            attention_mask = None  # the mask counts input samples (audio), not tokens
-        if protocol.pooling == "cls":
-            latent = tokens[:, 0]
-        elif attention_mask is None:
-            latent = tokens[:, -1] if protocol.pooling == "last_token" else tokens.mean(1)
-        elif protocol.pooling == "last_token":
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
-            last = (attention_mask.to(positions.dtype) * positions).argmax(-1)  # right for left padding, too
-            latent = tokens[torch.arange(len(tokens), device=tokens.device), last]
-        else:
-            mask = attention_mask.to(tokens.dtype).unsqueeze(-1)
-            latent = (tokens * mask).sum(1) / mask.sum(1).clamp_min(1)
+            latent = torch.stack(pooled).mean(0)  # pooling is linear: the mean of pooled layers is the pooled mean
     return nn.functional.normalize(latent.float(), dim=-1) if protocol.normalize else latent.float()
+
+
+def join_items(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Input tensors of single items `(1, length, ...)` as one batch; of different lengths, padded with zeros and beside
+    their `item_lengths`."""
+    lengths = torch.tensor([max(tensor.shape[1] for tensor in item.values() if tensor.dim() > 1) for item in items])
+    longest, joined = int(lengths.max()), {}
+    for name in items[0]:
+        tensors = [item[name] for item in items]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            room = [(0, 0) * (tensor.dim() - 2) + (0, longest - tensor.shape[1]) for tensor in tensors]
+            tensors = [nn.functional.pad(tensor, pads) for tensor, pads in zip(tensors, room, strict=True)]
+        joined[name] = torch.cat(tensors)
+    return joined if bool((lengths == longest).all()) else {**joined, ITEM_LENGTHS: lengths}
+
+
+def _encode_by_length(encoder, inputs: dict, lengths: torch.Tensor, protocol: LatentProtocol) -> torch.Tensor:
+    """Items of one length together, without padding: many encoders of sound (those that normalise over time) give another
+    latent for a padded item, whatever the mask says."""
+    longest, parts, order = int(lengths.max()), [], []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
+        own = {name: x[rows][:, :length] if x.shape[1:2] == (longest,) else x[rows] for name, x in inputs.items()}
+        parts.append(encode_latents(encoder, own, protocol))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def encode_latents(encoder: nn.Module, inputs: dict, protocol: LatentProtocol) -> torch.Tensor:
     """Run one encoder and pool: input tensors -> latents `(batch, size)`, float32.
 
-    Encoder-decoder models (T5, Whisper) use their encoder alone.
+    Encoder-decoder models (T5, Whisper) use their encoder alone. A batch with `item_lengths` (see `join_items`) gives the
+    latents of its items one by one.
     """
+    if ITEM_LENGTHS in inputs:
+        rest = {name: tensor for name, tensor in inputs.items() if name != ITEM_LENGTHS}
+        return _encode_by_length(encoder, rest, inputs[ITEM_LENGTHS], protocol)
     body = encoder.get_encoder() if getattr(encoder.config, "is_encoder_decoder", False) else encoder
     needs_states = protocol.pooling != "pooler" and protocol.layers != (-1,)
     outputs = body(**inputs, output_hidden_states=True) if needs_states else body(**inputs)

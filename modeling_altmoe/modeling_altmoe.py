@@ -49,6 +49,9 @@ class AltMoEOutput(ModelOutput):
         logits_per_audio (`torch.FloatTensor` of shape `(sounds, texts)`, *optional*): likewise for sounds.
         logits_per_text (`torch.FloatTensor` of shape `(texts, images)`, *optional*):
             The transpose of `logits_per_image`, or of `logits_per_audio` where no images are given.
+        pooler_output (`torch.FloatTensor` of shape `(batch, latent_size)`, *optional*):
+            The latents, where items of one modality are given. Under this name, and as the first output, transformers' own
+            `feature-extraction` and `image-feature-extraction` look for them.
         latents (`dict[str, torch.FloatTensor]`): `{modality: (batch, latent_size)}`.
         directions (`dict[str, DirectionOutput]`): both predictions and the router's outputs for each direction.
         loss_terms (`dict[str, torch.FloatTensor]`):
@@ -61,6 +64,7 @@ class AltMoEOutput(ModelOutput):
     logits_per_image: torch.FloatTensor | None = None
     logits_per_audio: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
     latents: dict[str, torch.FloatTensor] | None = None
     directions: dict[str, DirectionOutput] | None = None
     loss_terms: dict[str, torch.FloatTensor] | None = None
@@ -117,7 +121,7 @@ class AltMoEModel(AltMoEPreTrainedModel):
             encoders: `{modality: Hub name, local folder or loaded model}`.
             directions: e.g. `["image->text", "text->image"]`; None means every ordered pair.
             protocols: how latents are made, where it differs from `LatentProtocol`'s defaults:
-                `{modality: {"pooling": ..., "layers": ..., "prompt": ..., "normalize": ...}}`.
+                `{modality: {"pooling": ..., "layers": ..., "combine": ..., "prompt": ..., "normalize": ...}}`.
             processors: tokenizers, image processors, ...; their settings join the protocol.
             revisions: branch, tag or commit for each Hub name; the commit found is pinned.
             lora: `{modality: peft.LoraConfig}` for encoders that are adapted.
@@ -421,11 +425,16 @@ class AltMoEModel(AltMoEPreTrainedModel):
             self._logits_per("audio", directions, targets),
         )
         per_item = per_audio if per_image is None else per_image
+        alone = next(iter(targets.values())) if len(targets) == 1 else None
+        if alone is not None:
+            # transformers' pipelines take such a batch apart again, which they can do with a ModelOutput, not with a dict
+            targets, directions = ModelOutput(targets), ModelOutput(directions) if directions else None
         result = AltMoEOutput(
             loss=torch.stack(losses).mean() if losses else None,
             logits_per_image=per_image,
             logits_per_audio=per_audio,
             logits_per_text=None if per_item is None else per_item.T,
+            pooler_output=alone,
             latents=targets,
             directions=directions,
             loss_terms={term: torch.stack(values).mean() for term, values in terms.items()} or None,

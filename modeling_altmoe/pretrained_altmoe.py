@@ -17,6 +17,7 @@ from transformers import initialization as init
 from .attaching_altmoe import known_weights, load_encoder, load_lora, save_encoder_parts
 from .configuration_altmoe import AltMoEConfig
 from .connector_altmoe import AltMoEConnector, AltMoEExperts, AltMoERouter, ClosedFormBase, Frame, ScoreBank
+from .sentence_altmoe import write_sentence_files
 from .sharing_altmoe import refuse_local_encoders, upload_saved, without_paths
 
 HUB_KEYWORDS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
@@ -97,7 +98,9 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         finally:
             self.config.encoders = before_saving
         if kwargs.get("is_main_process", True):
-            save_encoder_parts(self.encoders, save_directory, [m for m, e in entries.items() if e["self_contained"]])
+            save_encoder_parts(self.encoders, entries, save_directory)
+            if self._auto_class is not None:  # code is saved
+                write_sentence_files(save_directory)
             if push_to_hub:
                 upload_saved(self, save_directory, before, token=kwargs.get("token"), private=private, **hub)
 
@@ -179,6 +182,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
                     "To use it as an encoder: AltMoEModel.from_encoders({modality: name})."
                 )
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True  # a checkpoint of ours is never a pickle
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -204,7 +208,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
             if not isinstance(given, nn.Module):
                 own = given is None and entry.get("self_contained")
                 source = name if own else (given or entry["name_or_path"])
-                where = {"subfolder": f"encoder_{modality}"} if own else {}
+                where = {"subfolder": f"encoder_{modality}", "use_safetensors": True} if own else {}
                 revision = kwargs.get("revision") if own else (entry.get("revision") if given is None else None)
                 encoder, commit = load_encoder(
                     source,

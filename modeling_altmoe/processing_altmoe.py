@@ -4,6 +4,7 @@ Comes in: captions, images (PIL, file, array), sounds. Goes out: one `BatchFeatu
 modality. Every item is checked first; a bad one gets an error that says which item, what was wrong and what to do.
 """
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -23,7 +24,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import cached_file
 
-from .configuration_altmoe import unknown_name_message
+from .configuration_altmoe import check_modality, unknown_name_message
+from .encoding_altmoe import join_items
 from .sharing_altmoe import upload_saved
 
 CONFIG_NAME = "processor_config.json"
@@ -102,20 +104,24 @@ def read_audio(item, sampling_rate: int) -> np.ndarray:
     """A checked mono signal `(samples,)` at the encoder's rate.
 
     Args:
-        item: an array, `{"array", "sampling_rate"}` as in `datasets`, or a file name (decoded by transformers'
-            `load_audio`).
+        item: an array, `{"array", "sampling_rate"}` or `{"bytes", "path"}` as in `datasets`, or a file name (decoded by
+            transformers' `load_audio`).
         sampling_rate: Hz that the encoder expects.
 
     Raises:
         ItemError: empty, not finite, of another rate, or unreadable.
     """
-    if isinstance(item, (str, os.PathLike)):
+    if isinstance(item, dict) and "array" not in item:
+        item = item.get("bytes") or item.get("path")
+    if isinstance(item, (str, os.PathLike, bytes)):
         from transformers.audio_utils import load_audio
 
+        name = "the sound" if isinstance(item, bytes) else f"'{item}'"
+        encoded = base64.b64encode(item).decode() if isinstance(item, bytes) else str(item)
         try:
-            item = load_audio(str(item), sampling_rate=sampling_rate)
+            item = load_audio(encoded, sampling_rate=sampling_rate)
         except Exception as error:  # decoders differ in what they raise
-            raise ItemError(f"'{item}' cannot be read as sound ({error})") from error
+            raise ItemError(f"{name} cannot be read as sound ({error})") from error
     if isinstance(item, dict):
         if item.get("sampling_rate") != sampling_rate:
             raise ItemError(
@@ -136,7 +142,8 @@ class AltMoEProcessor(ProcessorMixin):
     One processor a modality behind one call.
 
     Args:
-        processors (`dict[str, Any]`): `{modality: tokenizer, image processor or feature extractor}`.
+        processors (`dict[str, Any]`): `{modality: tokenizer, image processor or feature extractor}`. Names as
+            everywhere: lower-case letters, digits and underscores.
         prompts (`dict[str, str]`, *optional*): text put before every item of a text modality.
 
     Example:
@@ -151,6 +158,8 @@ class AltMoEProcessor(ProcessorMixin):
         self.processors = dict(sorted((processors or {}).items()))  # as the model and a saved processor have them
         self.prompts = dict(prompts or {})
         self.chat_template = None
+        for modality in self.processors:
+            check_modality(modality)  # it names a folder
         for modality in self.prompts:
             self.kind(modality)
 
@@ -208,13 +217,17 @@ class AltMoEProcessor(ProcessorMixin):
         return read_audio(item, self.processors[modality].sampling_rate)
 
     def batch(self, modality: str, items: list) -> dict[str, Any]:
-        """Items that `read` returned -> the encoder's own input tensors, unprefixed."""
+        """Items that `read` returned -> the encoder's own input tensors, unprefixed.
+
+        Sounds of different lengths get `item_lengths` beside them, so that each is encoded without its padding.
+        """
         processor, kind = self.processors[modality], self.kind(modality)
         if kind == "text":
             return dict(processor(list(items), padding=True, truncation=True, return_tensors="pt"))
         if kind == "image":
             return dict(processor(list(items), return_tensors="pt"))
-        return dict(processor(list(items), sampling_rate=processor.sampling_rate, return_tensors="pt"))
+        rate = {"sampling_rate": processor.sampling_rate, "return_tensors": "pt"}
+        return join_items([dict(processor(item, **rate)) for item in items])
 
     def __call__(self, images=None, text=None, audio=None, **modalities) -> BatchFeature:
         """Raw items -> input tensors of every modality given.
@@ -313,7 +326,8 @@ class AltMoEProcessor(ProcessorMixin):
             raise ValueError(f"'{name}' holds a {fields.get('processor_class')}, not an AltMoEProcessor.")
         processors, prompts = {}, {}
         for modality, entry in fields["modalities"].items():
-            if entry["kind"] not in LOADERS or os.path.basename(entry["folder"]) != entry["folder"]:
+            check_modality(modality)
+            if entry["kind"] not in LOADERS or entry["folder"] not in ("", f"processor_{modality}"):
                 raise ValueError(f"'{name}': processor_config.json has an unusable entry for '{modality}': {entry}.")
             loader = LOADERS[entry["kind"]]
             processors[modality] = loader.from_pretrained(name, subfolder=entry["folder"], **hub)

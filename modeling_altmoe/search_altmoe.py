@@ -189,7 +189,8 @@ def open_index(
         try:  # by name: the service's code does not travel with a checkpoint
             databases = importlib.import_module("serving.databases")
         except ImportError as error:
-            raise ImportError(f"'{index}' is a database, which needs the altmoe package installed.") from error
+            scheme = index.partition("://")[0]  # what follows may hold a password
+            raise ImportError(f"{scheme}:// is a database, which needs the altmoe package installed.") from error
         backend = databases.open_database(model, store, direction, index)
         return LatentIndex(model, backend.description if store is None else store, direction, backend, **options)
     return LatentIndex(model, store, direction, index, **options)

@@ -5,6 +5,7 @@ code and pictures are sent: a pickle can run code where it is opened.
 """
 
 import os
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def without_paths(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
+def one_line(text) -> str:
+    """Foreign text for a line or a cell of Markdown: it opens no other line, cell, code or tag."""
+    return re.sub(r"([|`<>\\])", r"\\\1", " ".join(str(text).split()))
+
+
 def refuse_local_encoders(entries: dict[str, dict[str, Any]]) -> None:
     """Raise if another machine could not load an encoder: it neither goes along nor has a Hub name.
 
@@ -86,6 +92,7 @@ def push_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     replace: dict[str, bytes] | None = None,
+    mirror: str | None = None,
 ) -> str:
     """Send a whole folder in one commit; run it again after a break, nothing is sent twice.
 
@@ -98,6 +105,7 @@ def push_folder(
         revision: branch to write to; made if it does not exist.
         commit_message: first line of the commit.
         replace: `{file name: content}` sent instead of files in the folder, or beside them.
+        mirror: pattern of files that the same commit removes there if they are not here.
 
     Returns:
         the commit's address.
@@ -108,7 +116,7 @@ def push_folder(
         PermissionError: the token may not write there.
         OSError: the connection broke; nothing was changed on the Hub.
     """
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     folder, replace = Path(folder), dict(replace or {})
     found = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -128,6 +136,10 @@ def push_folder(
         if revision:
             api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        if mirror:
+            there = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision)
+            gone = [name for name in there if fnmatch(name, mirror) and name not in files]
+            operations += [CommitOperationDelete(path_in_repo=name) for name in gone]
         return api.create_commit(
             repo_id, operations, repo_type=repo_type, revision=revision, commit_message=commit_message or "Upload"
         ).commit_url
@@ -195,11 +207,11 @@ def store_card(store, repo_id: str, license: str | None = None) -> str:
         name=repo_id.split("/")[-1],
         repo=repo_id,
         count=len(store),
-        modality=store.modality,
+        modality=one_line(store.modality),
         size=store.latent_size,
         dtype=store.dtype,
-        encoder=encoder,
-        protocol=", ".join(f"{name} {value}" for name, value in fields.items()),
+        encoder=one_line(encoder),
+        protocol=one_line(", ".join(f"{name} {value}" for name, value in fields.items())),
         fingerprint=store.fingerprint,
-        columns=", ".join(["id", "latent", *store.columns]),
+        columns=one_line(", ".join(["id", "latent", *store.columns])),
     )

@@ -83,7 +83,7 @@ class MilvusTable:
             if not os.path.isdir(os.path.dirname(file)):
                 raise ValueError(f"{self.address}: there is no folder '{os.path.dirname(file)}'.")
             return MilvusClient(file, **settings)
-        settings["token"] = unquote(login) or os.environ.get("MILVUS_TOKEN", "")
+        settings["token"] = unquote(login).removeprefix(":") or os.environ.get("MILVUS_TOKEN", "")
         if "db" in options:
             settings["db_name"] = options["db"]
         scheme = "https" if options.get("secure", "").lower() in ("1", "true") else "http"

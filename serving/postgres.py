@@ -323,12 +323,16 @@ class PostgresTable:
         conditions, values = self._where(where)
         query = self._nearest_query(k, conditions)
         settings = {"hnsw.ef_search": min(MAX_EF, 2 * k), "ivfflat.probes": max(1, 2 * math.isqrt(self.lists))}
+        if self.index:  # the planner takes a long short list for a reason to read the whole table
+            settings |= {"enable_seqscan": "off"}
         if self.version >= (0, 8):  # under a condition the index goes on until it has found enough
             settings |= {"hnsw.iterative_scan": "strict_order", "ivfflat.iterative_scan": "relaxed_order"}
         with self._session() as connection:
             found = self._ask(connection, query, settings, vectors, values)
             if min(map(len, found)) < k:  # an index may miss what a rare condition leaves: look at every row
-                found = self._ask(connection, query, {"enable_indexscan": "off"}, vectors, values)
+                found = self._ask(
+                    connection, query, {"enable_indexscan": "off", "enable_seqscan": "on"}, vectors, values
+                )
         return found
 
     @staticmethod

@@ -5,6 +5,7 @@ is inside, refusing what is new (503), and ending with exit code 0.
 """
 
 import argparse
+import gc
 import logging
 import socket
 
@@ -15,7 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--model", required=True, help="trained or published model: folder or Hub name")
     parser.add_argument(
-        "--store", action="append", required=True, metavar="MODALITY=STORE", help="what can be found (may be repeated)"
+        "--store",
+        action="append",
+        required=True,
+        metavar="MODALITY=STORE",
+        help="what can be found: a LatentStore or a database's address (may be repeated)",
     )
     parser.add_argument(
         "--index", default="auto", help="auto, exact, a FAISS factory string, milvus://... or postgresql://..."
@@ -92,4 +97,7 @@ def main(arguments: argparse.Namespace) -> None:
     logging.getLogger("altmoe.serve").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
     for direction, index in engine.indexes.items():
         print(f"{direction}: {index.describe()}", flush=True)
-    serve(Service(engine, limits), own)
+    service = Service(engine, limits)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: collecting through all of it stalled every request for up to a second
+    serve(service, own)

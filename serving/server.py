@@ -45,6 +45,8 @@ def serve(service: Service, own: socket.socket) -> None:
         service.gate,
         log_config=None,
         access_log=False,  # the gate logs, without addresses and contents
+        loop="asyncio",
+        http="httptools",
         ws="none",
         lifespan="on",
         server_header=False,

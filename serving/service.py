@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 
 from serving.batching import Batcher
 from serving.engine import Answer, Engine
-from serving.gate import SEARCH, Gate
+from serving.gate import LOG, SEARCH, Gate
 from serving.limits import Limits
 from serving.metrics import Metrics
 
@@ -58,7 +58,7 @@ class ErrorModel(BaseModel):
 def question_model(engine: Engine, limits: Limits) -> type[BaseModel]:
     """The JSON of a search, with a field for each text modality of this service."""
     text = (str | None, Field(None, max_length=limits.max_characters, description="a query in words"))
-    texts = {m: text for m in engine.sources() if engine.kinds.get(m) == "text"}
+    texts = {modality: text for modality in engine.texts}
     targets = sorted({direction.partition("->")[2] for direction in engine.indexes})
     return create_model(
         "Question",
@@ -84,7 +84,7 @@ class Service:
 
     def __init__(self, engine: Engine, limits: Limits):
         self.engine, self.limits, self.metrics = engine, limits, Metrics()
-        self.batcher = Batcher(self._work, limits.max_batch, limits.max_wait)
+        self.batcher = Batcher(self._work, limits.max_batch, limits.max_wait, engine.weight)
         self.metrics.waiting.set_function(lambda: len(self.batcher))
         self.readers = concurrent.futures.ThreadPoolExecutor(limits.readers, thread_name_prefix="altmoe-read")
         self.question = question_model(engine, limits)
@@ -151,7 +151,11 @@ class Service:
             raise HTTPException(getattr(error, "status", 400), str(error)) from error
         read = time.perf_counter()
         self.metrics.stage("read", read - start)
-        answer = await self.batcher.submit(query)
+        try:
+            answer = await self.batcher.submit(query)
+        except OSError as error:
+            LOG.error("the index cannot be reached: %s", error)
+            raise HTTPException(503, "The index cannot be reached: try again in a moment.") from error
         times = {"read": read - start, **answer.seconds, "total": time.perf_counter() - start}
         request.scope["about"] = f" {answer.direction} batch {answer.batch}"
         hits = answer.hits
@@ -180,20 +184,20 @@ class Service:
 
     def _query(self, question: BaseModel, sources: dict[str, Any]):
         """A checked question and prepared uploads -> a query."""
-        asked = question.model_dump()
-        for modality, numbers in (asked["latent"] or {}).items():
+        latents = question.latent or {}
+        for modality, numbers in latents.items():
             sources[modality] = self.engine.latent(modality, numbers)
-        if asked["protocol"] is not None:
-            self._check_protocol(asked["latent"] or {}, asked["protocol"])
-        for modality, kind in self.engine.kinds.items():
-            text = asked.get(modality)
-            if kind == "text" and text is not None:
+        if question.protocol is not None:
+            self._check_protocol(latents, question.protocol)
+        for modality in self.engine.texts:
+            text = getattr(question, modality)
+            if text is not None:
                 if modality in sources:
                     raise ValueError(f"'{modality}' is given twice, as text and as a latent.")
                 sources[modality] = self.engine.processor.read(modality, text)
         if not sources:
             raise ValueError(f"No query: give one of {', '.join(self.engine.sources())}, or a latent.")
-        return self.engine.query(sources, asked["target"], asked["k"], asked["where"])
+        return self.engine.query(sources, question.target, question.k, question.where)
 
     def _check_protocol(self, latents: dict, protocol: str) -> None:
         for modality in latents:

@@ -17,6 +17,8 @@ from transformers import (
     EfficientNetImageProcessor,
     ViTConfig,
     ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
 from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor
@@ -67,6 +69,22 @@ def tiny_bert(seed: int = 0) -> BertModel:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37}
     return BertModel(BertConfig(vocab_size=len(WORDS), **sizes)).eval()
+
+
+def tiny_wav2vec2() -> Wav2Vec2Model:
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8, 8),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 8),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    return Wav2Vec2Model(config).eval()
 
 
 def tiny_processors(folder) -> dict:

@@ -189,17 +189,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.answer(200, {"url": url, "name": name, "id": name})
 
     def validate_yaml(self) -> None:
-        """The Hub's own rule that matters here: a card's metadata is a YAML mapping."""
+        """The Hub's own rules that matter here: metadata is a YAML mapping whose known fields have their types."""
         import yaml
 
         content = json.loads(self.body)["content"]
         match = re.match(r"\s*---\s*\n(.*?)\n---", content, re.DOTALL)
         try:
-            fields = yaml.safe_load(match[1]) if match else {}
-            errors = [] if isinstance(fields, dict) else [{"message": "metadata is not a mapping"}]
+            errors = wrong_fields(yaml.safe_load(match[1])) if match else []
         except yaml.YAMLError as error:
-            errors = [{"message": str(error)}]
-        self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
+            errors = [str(error)]
+        self.answer(400 if errors else 200, {"errors": [{"message": e} for e in errors], "warnings": []})
 
     def info(self, kinds: str, name: str, revision: str | None = None) -> None:
         kind = KINDS[kinds]
@@ -349,6 +348,33 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
         etag = (hashlib.sha256 if path.endswith(LARGE) else hashlib.sha1)(content).hexdigest()
         self.answer(200, content, X_Repo_Commit=sha, ETag=f'"{etag}"')
+
+
+def wrong_fields(fields) -> list[str]:
+    """What the Hub would refuse in a card's metadata."""
+    if not isinstance(fields, dict):
+        return ["metadata is not a mapping"]
+    wrong = []
+    for name in ("license", "pipeline_tag", "library_name", "base_model_relation"):
+        if not isinstance(fields.get(name, ""), str):
+            wrong.append(f"{name} must be a string")
+    for name in ("base_model", "datasets", "models", "tags"):
+        given = fields.get(name, [])
+        if not all(isinstance(x, str) and x for x in (given if isinstance(given, list) else [given])):
+            wrong.append(f"{name} must be strings")
+    for name in ("base_model", "datasets"):
+        given = fields.get(name, [])
+        wrong += [f"{name}: {x} is no repository" for x in given if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(x))]
+    for item in fields.get("widget", []):
+        if not isinstance(item, dict) or not all(isinstance(x, str) for x in item.values()):
+            wrong.append("widget must be a list of mappings of strings")
+    for model in fields.get("model-index", []):
+        for result in model["results"]:
+            values = [result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]]
+            values += [metric["type"] for metric in result["metrics"]]
+            if not all(isinstance(x, str) and x for x in values):
+                wrong.append("model-index: task, dataset and metrics need their types")
+    return wrong
 
 
 NAME = r"([\w.-]+/[\w.-]+)"

@@ -40,8 +40,11 @@ def test_every_part_names_known_settings_and_an_earlier_reference():
 
 def test_joint_at_half_the_steps_makes_as_many_updates():
     steps = parse_arguments(["--use_cpu", "true"]).max_steps
-    assert 2 * ablation.settings_of("joint, equal updates (half the steps)")["max_steps"] == steps
-    assert "max_steps" not in ablation.settings_of("joint, equal steps (twice the updates)")
+    assert ablation.settings_of(ablation.CONNECTOR)["max_steps"] == steps
+    assert 2 * ablation.settings_of("joint, equal updates (steps / T)")["max_steps"] == steps
+    assert ablation.settings_of("joint, equal steps (T times the updates)")["max_steps"] == steps
+    many = ablation.settings_of("narrow: joint, equal updates", directions=30, updates=40)
+    assert many["max_steps"] == 40 and many["hidden_size"] == 16 and "equal" not in many
 
 
 def test_updates_to_a_level():

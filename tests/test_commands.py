@@ -1,6 +1,7 @@
 """The commands from end to end on tiny encoders: encode, train, evaluate, search, publish, and a stranger's process."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,16 @@ import yaml
 from datasets import Dataset, Features, Image, Value
 from hub_server import Hub
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image as Pictures
 from PIL import ImageDraw
 
+from benchmarks import mteb_task
 from modeling_altmoe import AltMoEModel, LatentStore
 from trainer.cli import main as altmoe
 from trainer.encode import EncodeArguments, encode
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 COLORS = ["red", "green", "blue", "orange", "purple", "black"]
 SHAPES = ["square", "circle", "tree", "house", "cat", "dog", "bar", "cross"]
@@ -118,6 +123,18 @@ def test_encoding_again_adds_nothing(place, encoder_folders):
     assert (again["written"], again["present"], again["rows"]) == (0, 48, 48)
 
 
+def test_layers_side_by_side_have_a_measured_width_and_a_protocol_of_their_own(place, encoder_folders, tmp_path):
+    """Half the width is each layer's, and each counts the same."""
+    named = {"data": str(place / "data"), "encoder": encoder_folders["image"], "modality": "image"}
+    encode(EncodeArguments(**named, out=str(tmp_path), layers=[-2, -1], combine="concat"))
+    store = LatentStore.open(tmp_path)
+    assert (store.protocol.combine, store.protocol.layers) == ("concat", (-2, -1))
+    halves = store.latents().reshape(len(store), 2, -1)
+    np.testing.assert_allclose(halves.norm(dim=-1), 0.5**0.5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"of width|another protocol"):
+        encode(EncodeArguments(**named, out=str(tmp_path)))
+
+
 def test_the_model_agrees_with_its_stores(place):
     """Encoding with the published model gives the stored vectors: one protocol, one latent."""
     from modeling_altmoe import AltMoEProcessor
@@ -147,8 +164,45 @@ def test_the_card_is_valid_and_holds_the_numbers(place):
     recall = result["results"]["image<->text"]["altmoe"]["both_directions+hubness"]["image->text"]["recall@10"]
     values = {r.metric_name: r.metric_value for r in card.data.eval_results}
     assert values["image->text recall@10"] == round(100 * recall, 2)
-    assert "| ridge |" in card.content and "max_steps: 8" in card.content
+    _, again = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert again == card.data.eval_results and {r.metric_args["queries"] for r in again} == {10}
+    for r in again:
+        share = r.metric_value / 100
+        assert r.metric_args["standard_error"] == pytest.approx(100 * (share * (1 - share) / 10) ** 0.5, abs=0.01)
+        assert r.dataset_split == "test" and r.dataset_args["split_seed"] == 0
+    assert "| ridge |" in card.content
+    recipe = (place / "hub" / "recipe.yaml").read_text()
+    assert recipe in card.content.split("```yaml\n")[1].split("```")[0] and "max_steps: 8" in recipe
+    assert card.data.datasets is None and card.data.base_model is None  # neither is on the Hub
+    for part in ("connector (`model.safetensors`) | apache-2.0", "image encoder (image) | unknown", "(data) | unknown"):
+        assert part in card.content
+    for example in card.data.widget:
+        assert Pictures.open(place / "hub" / example["src"]).size == (32, 32)
+        assert example["example_title"] in example["candidate_labels"].split(", ")
     assert Pictures.open(place / "hub" / "examples.png").size[0] > 500
+
+
+def test_the_card_shows_which_experts_fire(place):
+    usage = json.loads((place / "hub" / "evaluation.json").read_text())["experts"]
+    assert set(usage) == {"image->text", "text->image"} and Pictures.open(place / "hub" / "experts.png").size[0] > 300
+    for its in usage.values():
+        assert its["items"] == 10 and set(its["gates"]) == {"contrastive gate", "regression gate"}
+        for gate in its["gates"].values():
+            assert sum(gate["chosen"]) == pytest.approx(2) and sum(gate["weight"]) == pytest.approx(1, abs=1e-3)
+            assert 1 <= gate["effective"] <= 4
+    text = (place / "hub" / "README.md").read_text()
+    assert "![How often each gate of each direction chooses each expert](experts.png)" in text
+
+
+def test_a_published_folder_names_no_folder_of_this_machine(place, encoder_folders):
+    files = [path for path in (place / "hub").rglob("*") if path.is_file()]
+    for here in (place, Path(encoder_folders["image"]).parent, Path(__file__).parents[1], Path.home()):
+        assert [path.name for path in files if str(here).encode() in path.read_bytes()] == []
+
+
+def test_publishing_without_encoders_that_others_could_load_is_refused(place, capsys):
+    message = fails(capsys, "publish", "--run", place / "run", "--out", place / "no")
+    assert "lie on this machine only" in message and "--self_contained" in message and not (place / "no").exists()
 
 
 def test_search_both_ways(place, capsys, tmp_path):
@@ -230,19 +284,61 @@ def test_the_cards_code_runs_as_printed(place, tmp_path):
 
 
 def test_the_pushed_cards_code_runs_as_printed_in_an_empty_cache(place, tmp_path):
-    push = f"from trainer.cli import main; main(['push', {str(place / 'hub')!r}, 'me/colors'])"
+    push = f"""
+from huggingface_hub import ModelCard
+from trainer.cli import main
+ModelCard.load({str(place / "hub" / "README.md")!r}).validate()
+main(['push', {str(place / "hub")!r}, 'me/colors'])
+"""
     with Hub() as hub:
         mine = {**hub.environment(tmp_path / "mine"), "PYTHONPATH": str(Path(__file__).parent.parent)}
         done = subprocess.run([sys.executable, "-c", push], capture_output=True, text=True, env=mine)
         assert done.returncode == 0, done.stderr[-3000:]
+        validated = [status for method, path, status in hub.requests if path == "/api/validate-yaml"]
+        assert validated == [200, 200]  # asked for, and again by the push
         files = hub.files("me/colors")
         assert {"handler.py", "evaluation.json", "recipe.yaml"} <= set(files)
-        assert not [name for name, content in files.items() if str(place).encode() in content and name != "README.md"]
+        assert not [name for name, content in files.items() if str(place).encode() in content]
         code = files["README.md"].decode().split("```python")[1].split("```")[0]
         fresh = hub.environment(tmp_path / "fresh", token=None)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=fresh, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 3
+
+
+# ---------------------------------------------------------------- neighbours
+
+
+def test_the_readmes_neighbours_work_and_mteb_finds_what_we_find(place, monkeypatch, capsys):
+    section = README.split("## Neighbours")[1].split("\n## ")[0]
+    embed, extract = (code.split("```")[0] for code in section.split("```python")[1:])
+    known = {}
+    for code in (embed, extract):
+        exec(code.replace("build/hub/altmoe-stamps", str(place / "hub")), known)
+    assert known["similarity"].shape == (2, 1) and np.shape(known["latents"])[:2] == (2, 1)
+    command = next(line for line in section.splitlines() if line.startswith("python -m benchmarks.mteb_task "))
+    places = {"build/runs/stamps": str(place / "run"), "build/data/stamps": str(place / "data")}
+    monkeypatch.setattr(sys, "argv", [places.get(word, word) for word in shlex.split(command)[2:]])
+    capsys.readouterr()
+    mteb_task.main()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    ours = json.loads((place / "run" / "evaluation.json").read_text())["results"]["image<->text"]["altmoe"]
+    for direction, *found in rows[2:]:
+        metrics = ours["both_directions"][direction]
+        assert found[:3] == [f"{100 * metrics[f'recall@{k}']:.1f}" for k in (1, 5, 10)]
+    assert rows[0][1:4] == ["hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10"] and len(rows) == 4
+
+
+def test_mteb_refuses_data_of_other_items(place, tmp_path):
+    columns = {"image": "image", "text": "caption"}
+    other = Dataset.from_dict({"id": ["x"], "image": [picture("red", 1)], "caption": ["a"]})
+    other.save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="10 of 10 items are not in the data"):
+        mteb_task.held_out_tasks(str(place / "run"), str(tmp_path / "other"), columns)
+    with pytest.raises(ValueError, match="is between two of: audio, text"):
+        mteb_task.held_out_tasks(str(place / "run"), str(place / "data"), {"audio": "sound", "text": "caption"})
 
 
 # ---------------------------------------------------------------- bad input
@@ -332,3 +428,21 @@ def test_every_command_explains_itself(command, capsys):
         altmoe([command, "--help"])
     assert ended.value.code == 0
     assert len(capsys.readouterr().out) > 300
+
+
+def test_a_database_alone_gives_the_results_of_the_store(place, capsys, tmp_path):
+    pytest.importorskip("milvus_lite")
+    address, model = f"milvus://{tmp_path}/lite.db?collection=pictures", str(place / "hub")
+    query = ["--model", model, "--text", "a red cat", "-k", "3", "--where", "group!=red cat", "--json"]
+    altmoe(["index", str(place / "image"), "--model", model, "--index", address])
+    assert f"{len(LatentStore.open(place / 'image'))} rows" in capsys.readouterr().out
+    altmoe(["search", "-", "--index", address, *query])
+    (found,) = json.loads(capsys.readouterr().out)
+    altmoe(["search", str(place / "image"), *query])
+    (expected,) = json.loads(capsys.readouterr().out)
+    assert len(found["hits"]) == 3 and found["confidence"] == pytest.approx(expected["confidence"], abs=1e-4)
+    for hit, other in zip(found["hits"], expected["hits"], strict=True):
+        assert hit == {**other, "row": None, "score": pytest.approx(other["score"], abs=1e-4)}
+    words = ["search", "-", "--model", model, "--text", "a cat"]
+    assert "'-' instead of a store needs a database" in fails(capsys, *words)
+    assert "does not exist. Make it with 'altmoe index" in fails(capsys, *words, "--index", address + "s")

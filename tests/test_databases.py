@@ -244,6 +244,8 @@ def test_what_changed_in_the_store_is_carried_over(url, store, model, monkeypatc
         store.delete(gone)
         changed = torch.nn.functional.normalize(torch.ones(2, 24), dim=-1)
         store.append([gone[0], "new"], changed, **columns_of(0, 2))
+    with pytest.raises(ValueError, match=r"holds items that .* does not .*run 'altmoe index' on the store again"):
+        open_index(model, store, "text->image", url, short_list=ROWS).search(queries(1), 5)
     assert ingest.ingest(store, url, model, progress=False) == {
         "written": 2,
         "present": ROWS - 6,
@@ -440,6 +442,17 @@ def test_pgvector_answers_from_its_index_and_under_rare_conditions_finds_all(
     assert torch.equal(
         store.take(store.rows_of(["5"])), torch.from_numpy(table.fetch(["5"], None, True)["5"].latent[None])
     )
+
+
+def test_latents_too_wide_for_an_index_are_searched_row_by_row(postgres, tmp_path):
+    url = f"{postgres}?table=wide"
+    latents = torch.nn.functional.normalize(torch.randn(20, 4100), dim=-1)
+    with LatentStore.create(tmp_path, "image", {"latent_size": 4100}) as store:
+        store.append([str(n) for n in range(20)], latents)
+    ingest.ingest(store, url, progress=False)
+    table = databases.open_table(url)
+    assert table.index is None and table.nearest(latents[3:5].numpy(), 2, None)[1][0] == "4"
+    assert torch.equal(torch.from_numpy(table.fetch(["7"], None, True)["7"].latent), latents[7])
 
 
 def test_a_lost_connection_is_made_again(postgres, store, model):

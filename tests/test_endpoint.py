@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_bert, tiny_processors, tiny_vit
+from conftest import tiny_bert, tiny_processors, tiny_vit, tiny_wav2vec2
 from PIL import Image
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+from transformers import Wav2Vec2FeatureExtractor
 
 from model_cards.endpoint import handler
 from modeling_altmoe import AltMoEModel, AltMoEProcessor
@@ -50,22 +50,6 @@ for line in sys.stdin:
         answer = {"status": 400, "body": {"error": str(error)}, "kind": type(error).__name__}
     print("\\nANSWER" + json.dumps({**answer, "opened": opened}), flush=True)
 """
-
-
-def tiny_wav2vec2() -> Wav2Vec2Model:
-    torch.manual_seed(0)
-    config = Wav2Vec2Config(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        conv_dim=(8, 8),
-        conv_stride=(5, 4),
-        conv_kernel=(10, 8),
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-    )
-    return Wav2Vec2Model(config).eval()
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def test_a_self_contained_checkpoint_names_no_folder_and_stays_self_contained(en
     shutil.rmtree(tmp_path / "whole")
     again = AltMoEModel.from_pretrained(tmp_path / "again")
     assert set(again.encoders) == {"image", "text"} and paths_of_this_machine(tmp_path / "again", home, tmp_path) == []
-    with pytest.raises(ValueError, match="lie on this machine only: {'image': 'a model in memory'"):
+    with pytest.raises(ValueError, match=r"lie on this machine only: \{'image': 'a model in memory'"):
         again.push_to_hub("me/model", self_contained=False)
     connector = AltMoEModel.from_pretrained(tmp_path / "again", load_encoders=False)
     with pytest.raises(ValueError, match="which are not attached"):

@@ -8,6 +8,7 @@ import torch
 from conftest import paired_latents, small_config, small_model, tiny_bert, tiny_vit
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from modeling_altmoe import AltMoEConfig, AltMoEModel, LatentProtocol
@@ -89,6 +90,31 @@ def test_layers_are_averaged(processor):
     mask = texts["attention_mask"].unsqueeze(-1)
     expected = ((states[-1] + states[-2]) / 2 * mask).sum(1) / mask.sum(1)
     torch.testing.assert_close(model.encode("text", texts), expected)
+
+
+@torch.no_grad()
+def test_layers_side_by_side_count_equally_and_widths_may_differ():
+    first, last = torch.randn(2, 3, 5), torch.randn(2, 7, 2, 2) * 100  # a map with another width, as in convolutions
+    outputs = type("Outputs", (), {"hidden_states": (first,), "last_hidden_state": last})()
+    latent = pool(outputs, None, LatentProtocol(layers=(-2, -1), combine="concat"))
+    parts = [F.normalize(first.mean(1), dim=-1), F.normalize(last.flatten(2).mean(2), dim=-1)]
+    torch.testing.assert_close(latent, torch.cat(parts, -1) / 2**0.5)
+    with pytest.raises(ValueError, match=r"widths \[5, 7\].*combine='concat'"):
+        pool(outputs, None, LatentProtocol(layers=(-2, -1)))
+    with pytest.raises(ValueError, match="has 2 hidden states"):
+        pool(outputs, None, LatentProtocol(layers=(-3,), combine="concat"))
+
+
+def test_combining_belongs_to_the_identity_and_old_fingerprints_stay():
+    plain, beside = LatentProtocol(layers=(-2, -1)), LatentProtocol(layers=(-2, -1), combine="concat")
+    assert "combine" not in plain.to_dict() and LatentProtocol.from_dict(plain.to_dict()) == plain
+    assert LatentProtocol().fingerprint == "027ae9cd3b1cad1f"  # as it was written before there was a choice
+    assert LatentProtocol.from_dict(beside.to_dict()) == beside and beside.fingerprint != plain.fingerprint
+    with pytest.raises(ValueError, match="combine: expected 'mean', got 'concat'"):
+        plain.check_same(beside, "These")
+    for fields in ({"combine": "sum"}, {"combine": "concat", "pooling": "pooler"}):
+        with pytest.raises(ValueError, match="combine="):
+            LatentProtocol(**fields)
 
 
 @torch.no_grad()

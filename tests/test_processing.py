@@ -5,9 +5,22 @@ import pytest
 import torch
 from conftest import tiny_processors
 from PIL import Image
-from transformers import ASTFeatureExtractor
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
-from modeling_altmoe import AltMoEProcessor
+from modeling_altmoe import AltMoEModel, AltMoEProcessor
 from modeling_altmoe.encoding_altmoe import settings_identity
 from modeling_altmoe.processing_altmoe import ItemError, read_audio, read_image
 
@@ -96,6 +109,57 @@ def test_sound_of_another_rate_is_refused():
         read_audio({"array": np.zeros(10), "sampling_rate": 8000}, 16000)
     with pytest.raises(ItemError, match="empty sound"):
         read_audio(np.zeros(0), 16000)
+
+
+def tiny_wav2vec2(norm: str):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    layers = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    extra = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": norm}
+    masks = norm == "layer"  # as the published ones
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes, **layers, **extra)), Wav2Vec2FeatureExtractor(
+        return_attention_mask=masks
+    )
+
+
+def tiny_w2v_bert():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return Wav2Vec2BertModel(Wav2Vec2BertConfig(**sizes)), SeamlessM4TFeatureExtractor()
+
+
+def tiny_whisper():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 20, "pad_token_id": 0}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    marks = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return WhisperModel(WhisperConfig(**sizes, **heads, **marks)), WhisperFeatureExtractor()
+
+
+def tiny_ast():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return ASTModel(ASTConfig(num_mel_bins=32, max_length=48, **sizes)), ASTFeatureExtractor(
+        num_mel_bins=32, max_length=48
+    )
+
+
+@pytest.mark.parametrize("make, fixed", [
+    (lambda: tiny_wav2vec2("group"), False), (lambda: tiny_wav2vec2("layer"), False),
+    (tiny_w2v_bert, False), (tiny_whisper, True), (tiny_ast, True),
+], ids=["wav2vec2, group norm", "wav2vec2, layer norm", "w2v-bert", "whisper", "ast"])  # fmt: skip
+def test_a_batch_of_sounds_of_different_lengths_gives_the_latents_of_each_alone(make, fixed):
+    torch.manual_seed(0)
+    encoder, extractor = make()
+    model = AltMoEModel.from_encoders({"sound": encoder}, [], hidden_size=8, moe_intermediate_size=8).eval()
+    processor = AltMoEProcessor({"sound": extractor})
+    noise = np.random.default_rng(0)
+    items = [noise.standard_normal(samples).astype(np.float32) for samples in (9000, 4001, 9000, 6100)]
+    batch = processor.batch("sound", items)
+    assert ("item_lengths" in batch) != fixed  # encoders with a window of their own need none
+    alone = torch.cat([model.encode("sound", processor.batch("sound", [item])) for item in items])
+    torch.testing.assert_close(model.encode("sound", batch), alone, atol=1e-5, rtol=1e-4)
+    through_call = processor(sound=items)
+    torch.testing.assert_close(model(**through_call).latents["sound"], alone, atol=1e-5, rtol=1e-4)
+    expected = extractor(items[1], sampling_rate=16000, return_tensors="pt")  # and alone is as the extractor has it
+    for name, tensor in processor.batch("sound", [items[1]]).items():
+        assert torch.equal(tensor, expected[name])
 
 
 def test_unknown_modality_and_nothing_given(processor):

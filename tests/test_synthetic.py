@@ -9,7 +9,7 @@ import torch
 from benchmarks import synthetic
 
 
-def linear_map_error(latents, cluster, source="m0", target="m1"):
+def linear_map_error(latents, cluster, own, source="m0", target="m1"):
     """Share of the target's variance that one linear map from the source leaves, on all items and within cluster 0."""
 
     def left(rows):
@@ -56,7 +56,8 @@ def test_a_quick_study_runs_and_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     synthetic.main(["--quick"])
     kept = json.loads((tmp_path / "benchmarks/results/synthetic-quick.json").read_text())["worlds"]
-    assert set(kept) == {"2/0.0", "2/1.0"} and set(kept["2/0.0"]) == set(synthetic.ARMS)
+    assert set(kept) == {"2/0.0/30", "2/1.0/30"} and set(kept["2/0.0/30"]) == set(synthetic.ARMS)
+    assert set(kept["2/0.0/30"]["mixture, joint"]["0"]["gates"]["regression"]) == {"cluster", "own", "direction"}
     assert "alternation's gain" in capsys.readouterr().out
     synthetic.main(["--quick"])  # nothing is run twice
     assert ": " not in capsys.readouterr().out.split("mean recall")[0]

@@ -18,6 +18,7 @@ from trainer.arguments import AltMoEArguments
 from trainer.fitting import fit_bases, fit_frames
 from trainer.measuring import evaluate_pairs, fit_scoring, fit_trust
 from trainer.pairs import LatentPairs
+from trainer.state import load_tree, save_tree
 from trainer.trainer import AltMoETrainer, last_complete_checkpoint
 
 DIRECTIONS = ["image->text", "text->image"]
@@ -115,6 +116,28 @@ def test_a_resumed_run_is_bit_identical(tmp_path, parts, schedule):
     expected, got = (load_file(tmp_path / name / "checkpoint-12" / "model.safetensors") for name in ("whole", "half"))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert [e["direction"] for e in train_logs(whole)] == [e["direction"] for e in train_logs(resumed)]
+
+
+def test_a_checkpoint_holds_no_pickle_and_one_without_state_is_not_resumed(tmp_path, parts):
+    make_trainer(tmp_path, parts).train()
+    checkpoint = tmp_path / "checkpoint-12"
+    kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".py", ".safetensors"}
+    assert (checkpoint / "training_state.safetensors").is_file() and (checkpoint / "rng_state_0.safetensors").is_file()
+    (checkpoint / "training_state.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds weights only"):
+        make_trainer(tmp_path, parts).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_state_comes_back_as_it_was(tmp_path):
+    tree = {0: {"step": torch.tensor(3.0), "betas": (0.9, 0.999)}, "none": None, "list": [1, 2.5, "a", True]}
+    save_tree({**tree, "random": np.random.get_state(legacy=False)}, tmp_path / "state.safetensors")
+    again = load_tree(tmp_path / "state.safetensors")
+    random = again.pop("random")
+    assert again == tree and isinstance(again[0]["betas"], tuple)
+    np.testing.assert_array_equal(random["state"]["key"], np.random.get_state()[1])
+    with pytest.raises(TypeError, match="A set cannot be written"):
+        save_tree({"bad": {1}}, tmp_path / "bad.safetensors")
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, parts):

@@ -109,6 +109,7 @@ class Baseline(ABC):
     """A family of retrievers and the search over it."""
 
     name: str
+    trials: int = 0  # configurations that the last `fit` compared
 
     @abstractmethod
     def candidates(
@@ -133,10 +134,11 @@ class Baseline(ABC):
         lengths = {modality: len(train[modality]) for modality in validation.pair}
         if len({*lengths.values(), len(groups)}) != 1:
             raise ValueError(f"training rows must be paired: {lengths}, {len(groups)} groups")
-        best = None
+        best, self.trials = None, 0
         for count, (config, retriever) in enumerate(self.candidates(train, validation, groups, seed), start=1):
             if count > TRIALS:
                 raise RuntimeError(f"{self.name} tried more than its {TRIALS} configurations")
+            self.trials = max(self.trials, count)
             value = fit_postprocessing(retriever, train, validation, seed=seed).validation_mean_recall
             if best is None or value > best.validation_mean_recall:
                 best = retriever

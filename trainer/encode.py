@@ -9,9 +9,11 @@ import os
 import sys
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
@@ -53,7 +55,10 @@ class EncodeArguments:
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the encoder"})
     pooling: str = field(default="mean", metadata={"help": f"pooling over tokens: {', '.join(POOLINGS)}"})
     layers: list[int] | None = field(
-        default=None, metadata={"help": "hidden states to average, e.g. -2 -1 (default: the last)"}
+        default=None, metadata={"help": "hidden states to use, e.g. -2 -1 (default: the last)"}
+    )
+    combine: str = field(
+        default="mean", metadata={"help": "several layers: mean, or concat (side by side, each divided by its norm)"}
     )
     prompt: str = field(default="", metadata={"help": "text put before every caption"})
     normalize: bool = field(default=True, metadata={"help": "divide latents by their L2 norm"})
@@ -133,19 +138,26 @@ def prepare_encoder(arguments) -> tuple:
     """Load the encoder and describe what its latents are: `(encoder, its processor, entry for AltMoEConfig.encoders)`.
 
     Args:
-        arguments: with `encoder`, `modality`, `revision`, `pooling`, `layers`, `prompt` and `normalize`.
+        arguments: with `encoder`, `modality`, `revision`, `pooling`, `layers`, `combine`, `prompt` and `normalize`.
 
     Raises:
         ValueError, OSError: unknown pooling, no such encoder.
     """
     fields = {"pooling": arguments.pooling, "layers": tuple(arguments.layers or (-1,)), "prompt": arguments.prompt}
-    fields["normalize"] = arguments.normalize
-    LatentProtocol.from_dict(fields)  # before weights are loaded
+    fields |= {"normalize": arguments.normalize, "combine": arguments.combine}
+    protocol = LatentProtocol.from_dict(fields)  # before weights are loaded
     encoder, commit = load_encoder(
         arguments.encoder, fields, revision=arguments.revision, what=f"{arguments.modality} encoder"
     )
     own = load_processor(arguments.encoder, encoder.main_input_name, **({"revision": commit} if commit else {}))
-    return encoder, own, describe_encoder(encoder, arguments.encoder, commit, fields, own)
+    width = None
+    if protocol.combine == "concat":  # no configuration tells the widths of all layers: an empty item does
+        processor = AltMoEProcessor({arguments.modality: own})
+        blank = {"text": "a", "image": Image.new("RGB", (64, 64))}.get(processor.kind(arguments.modality))
+        blank = np.zeros(16000, dtype=np.float32) if blank is None else blank
+        with torch.inference_mode():
+            width = encode_latents(encoder, processor.batch(arguments.modality, [blank]), protocol).shape[-1]
+    return encoder, own, describe_encoder(encoder, arguments.encoder, commit, fields, own, latent_size=width)
 
 
 def encode(arguments: EncodeArguments) -> dict:
@@ -261,7 +273,9 @@ def main(arguments: EncodeArguments) -> None:
 
         return check(arguments)
     result = encode(arguments)
-    if not PartialState().is_main_process:
+    ranks = PartialState()
+    ranks.destroy_process_group()
+    if not ranks.is_main_process:
         return
     print(
         f"{arguments.out}: {result['rows']} latents ({result['written']} new, {result['present']} already there, "

@@ -20,6 +20,7 @@ from trainer.heads import HEADS
 from trainer.measuring import modality_pairs, partnered_latents, retrieval_data, scores_of, served_direction
 from trainer.plotting import draw_confidence
 from trainer.train import RECIPE, open_parts, open_stores
+from trainer.usage import expert_usage
 
 BASELINES = {**CLOSED_FORMS, **HEADS}
 DEFAULT_BASELINES = ("chance", "ridge", "kernel_ridge", "cca", "linear_infonce")
@@ -57,7 +58,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     """Measure the model and the baselines.
 
     Returns:
-        `{"protocol": ..., "results": {pair: {method: {variant: metrics}}}, "confidence": {direction: figures}}`.
+        `{"protocol": ..., "results": {pair: {method: {variant: metrics}}}, "confidence": {direction: figures},
+        "experts": expert_usage(...)}`.
 
     Raises:
         ValueError: unknown baseline or part, or stores of another protocol.
@@ -100,7 +102,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         "hubness": "training queries only; strength chosen on validation",
         "ties": "pessimistic",
     }
-    return {"protocol": protocol, "results": results, "confidence": confidence}
+    used = expert_usage(model, parts[arguments.part])
+    return {"protocol": protocol, "results": results, "confidence": confidence, "experts": used}
 
 
 def table(result: dict) -> str:

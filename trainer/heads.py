@@ -126,6 +126,7 @@ class TrainedHead(Baseline):
         rows = {modality: standard[modality](train[modality]) for modality in validation.pair}
         steps = max(self.min_steps, self.epochs * -(-len(groups) // self.max_batch))
         configs = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        self.trials = len(configs)  # most are given up after the first part
         runs = [_Run(self, config, rows, standard, validation, groups, seed) for config in configs]
         if len(runs) > self.finalists:
             for run in runs:

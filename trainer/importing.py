@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor, LatentProtocol, LatentStore
 from modeling_altmoe.attaching_altmoe import infer_latent_size, load_encoder, verify_encoder
 from modeling_altmoe.configuration_altmoe import unknown_name_message
-from modeling_altmoe.encoding_altmoe import POOLINGS, encode_latents
+from modeling_altmoe.encoding_altmoe import COMBINATIONS, POOLINGS, encode_latents
 from modeling_altmoe.latents_altmoe import DESCRIPTION, DTYPES
 from modeling_altmoe.processing_altmoe import ItemError
 from trainer.encode import load_processor, prepare_encoder
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", help="made by this encoder: Hub name or folder")
     parser.add_argument("--revision", help="branch, tag or commit of the encoder")
     parser.add_argument("--pooling", default="mean", choices=POOLINGS, help="pooling over tokens (default: mean)")
-    parser.add_argument("--layers", type=int, nargs="+", help="hidden states that were averaged (default: the last)")
+    parser.add_argument("--layers", type=int, nargs="+", help="hidden states that were used (default: the last)")
+    parser.add_argument("--combine", default="mean", choices=COMBINATIONS, help="several layers: mean or concat")
     parser.add_argument("--prompt", default="", help="text that was put before every item")
     parser.add_argument(
         "--unnormalized", action="store_true", help="the encoder's protocol does not divide by the norm"
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # ---------------------------------------------------------------- the protocol
 
 
-def find_protocol(arguments: argparse.Namespace, size: int) -> tuple[dict[str, Any], Callable]:
+def find_protocol(arguments: argparse.Namespace, source: VectorSource) -> tuple[dict[str, Any], Callable]:
     """What the user says made the vectors, checked against their width.
 
     Returns:
@@ -89,7 +90,7 @@ def find_protocol(arguments: argparse.Namespace, size: int) -> tuple[dict[str, A
     if bool(like) == bool(arguments.encoder):
         raise ValueError("Say what made the vectors: either --like STORE_OR_MODEL, or --encoder NAME_OR_FOLDER.")
     if not like:
-        return _protocol_of_encoder(arguments, size)
+        return _protocol_of_encoder(arguments, source)
     is_store = (Path(like) / DESCRIPTION).is_file()
     if is_store:
         store = LatentStore.open(like)
@@ -99,7 +100,7 @@ def find_protocol(arguments: argparse.Namespace, size: int) -> tuple[dict[str, A
     if modality not in encoders:
         raise ValueError(f"'{like}': {unknown_name_message('modality', modality, encoders)}")
     entry = encoders[modality]
-    _check_width(arguments, entry["latent_size"], size)
+    _check_width(arguments, entry["latent_size"], source)
 
     def load() -> tuple:
         if not is_store:
@@ -117,21 +118,24 @@ def find_protocol(arguments: argparse.Namespace, size: int) -> tuple[dict[str, A
     return entry, load
 
 
-def _protocol_of_encoder(arguments: argparse.Namespace, size: int) -> tuple[dict[str, Any], Callable]:
+def _protocol_of_encoder(arguments: argparse.Namespace, source: VectorSource) -> tuple[dict[str, Any], Callable]:
     revision = {"revision": arguments.revision} if arguments.revision else {}
-    with contextlib.suppress(OSError):  # before any weights are loaded; loading them says what is wrong
-        _check_width(arguments, infer_latent_size(AutoConfig.from_pretrained(arguments.encoder, **revision)), size)
+    if arguments.combine == "mean":
+        with contextlib.suppress(OSError):  # before any weights are loaded; loading them says what is wrong
+            _check_width(
+                arguments, infer_latent_size(AutoConfig.from_pretrained(arguments.encoder, **revision)), source
+            )
     named = argparse.Namespace(**{**vars(arguments), "normalize": not arguments.unnormalized})
     encoder, own, entry = prepare_encoder(named)
-    _check_width(arguments, entry["latent_size"], size)
+    _check_width(arguments, entry["latent_size"], source)
     processor = AltMoEProcessor({arguments.modality: own}, {arguments.modality: arguments.prompt})
     return entry, lambda: (encoder, processor)
 
 
-def _check_width(arguments: argparse.Namespace, expected: int, size: int) -> None:
-    if expected != size:
+def _check_width(arguments: argparse.Namespace, expected: int, source: VectorSource) -> None:
+    if expected != source.size:
         raise ValueError(
-            f"'{arguments.source}' holds vectors of width {size}; '{arguments.like or arguments.encoder}' makes vectors of "
+            f"'{source.name}' holds vectors of width {source.size}; '{arguments.like or arguments.encoder}' makes vectors of "
             f"width {expected}: they are from another encoder."
         )
 
@@ -288,7 +292,7 @@ def verify(found: Inspection, rows: Rows, column: str, entry: dict, modality: st
     )
 
 
-def judge(found: Inspection, arguments: argparse.Namespace, normalised: bool) -> None:
+def judge(found: Inspection, name: str, arguments: argparse.Namespace, normalised: bool) -> None:
     """Raise for rows that cannot be taken as they are.
 
     Raises:
@@ -296,13 +300,13 @@ def judge(found: Inspection, arguments: argparse.Namespace, normalised: bool) ->
     """
     if found.bad and not arguments.drop_bad:
         raise ValueError(
-            f"{found.bad} of {found.seen} vectors of '{arguments.source}' hold NaN, infinity or only zeros (the first in row "
+            f"{found.bad} of {found.seen} vectors of '{name}' hold NaN, infinity or only zeros (the first in row "
             f"{found.first_bad}). Mend them, or leave them out with --drop_bad."
         )
     if normalised and found.off and not arguments.normalize:
         row, norm = found.first_off
         raise ValueError(
-            f"The protocol normalises, but {found.off} of {found.seen} vectors of '{arguments.source}' have another length "
+            f"The protocol normalises, but {found.off} of {found.seen} vectors of '{name}' have another length "
             f"than 1 (row {row}: {norm:.4g}). Give --normalize to divide them by it, or --unnormalized if the encoder's "
             "vectors are to keep their lengths."
         )
@@ -326,14 +330,13 @@ def import_vectors(arguments: argparse.Namespace) -> dict[str, int]:
     source = open_source(arguments.source, arguments.vectors, **options)
     if source.warning:
         print(f"note: '{source.name}': {source.warning}")
-    arguments.source = source.name  # an address may hold a password, which no message may show
     rows = Rows(source, arguments.ids, arguments.metadata)
-    entry, load = find_protocol(arguments, source.size)
+    entry, load = find_protocol(arguments, source)
     protocol = LatentProtocol.from_dict(entry.get("protocol") or {})
     found = look(rows)
     if not found.seen:
         raise ValueError(f"'{source.name}' holds no vectors.")
-    judge(found, arguments, protocol.normalize)
+    judge(found, source.name, arguments, protocol.normalize)
     if arguments.verify:
         print(verify(found, rows, arguments.verify, entry, arguments.modality, load))
     dtype = arguments.dtype or source.dtype
@@ -347,7 +350,7 @@ def import_vectors(arguments: argparse.Namespace) -> dict[str, int]:
             there, (bad, norms) = store.rows_of(names), inspect(vectors)
             part = Inspection(0)
             part.add(vectors, {})
-            judge(part, arguments, protocol.normalize)
+            judge(part, source.name, arguments, protocol.normalize)
             old = (there >= 0) & (there < before)  # what this run wrote itself is a repeated id, which append refuses
             keep = np.flatnonzero(~old & ~bad)
             present, dropped, written = present + int(old.sum()), dropped + int((bad & ~old).sum()), written + len(keep)

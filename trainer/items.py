@@ -29,6 +29,7 @@ from modeling_altmoe.configuration_altmoe import unknown_name_message
 from modeling_altmoe.processing_altmoe import ItemError
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 BLOCK = 256  # items looked up at a time
 WINDOW = 8192  # texts sorted by length at a time
 RESERVED = ("id", "latent")  # names of a store's own columns
@@ -43,6 +44,10 @@ def open_data(name: str, split: str = "train", streaming: bool = False) -> Datas
     path = Path(name)
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         data = load_from_disk(str(path))
+    elif path.is_dir() and (sounds := [str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SOUNDS]):
+        # `datasets` would want to decode them, with a package that nothing else here needs
+        data = Dataset.from_dict({"audio": [{"bytes": None, "path": sound} for sound in sounds]})
+        data = data.cast_column("audio", Audio(decode=False))
     elif path.is_dir():
         data = load_dataset(str(path), streaming=streaming)
     elif path.suffix in FILE_KINDS:

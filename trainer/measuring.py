@@ -36,7 +36,8 @@ def served_direction(pairs: LatentPairs, pair: tuple[str, str]) -> str:
     return direction if direction in pairs.rows else reverse_direction(direction)
 
 
-def _partnered_rows(pairs: LatentPairs, pair: tuple[str, str]) -> dict[str, np.ndarray]:
+def partnered_rows(pairs: LatentPairs, pair: tuple[str, str]) -> dict[str, np.ndarray]:
+    """The rows of two modalities that have a partner, `{modality: (n,)}`."""
     direction = served_direction(pairs, pair)
     keys = np.unique(pairs.key_codes[direction.partition("->")[0]][pairs.rows[direction]])
     return {m: np.flatnonzero(np.isin(pairs.key_codes[m], keys)) for m in pair}
@@ -44,13 +45,13 @@ def _partnered_rows(pairs: LatentPairs, pair: tuple[str, str]) -> dict[str, np.n
 
 def partnered_latents(pairs: LatentPairs, pair: tuple[str, str], device="cpu") -> dict[str, torch.Tensor]:
     """Latents of all items of two modalities that have a partner (their matches, rows x rows, are not computed)."""
-    rows = _partnered_rows(pairs, pair)
+    rows = partnered_rows(pairs, pair)
     return {m: pairs.latents[m][torch.from_numpy(r)].to(device) for m, r in rows.items()}
 
 
 def retrieval_data(pairs: LatentPairs, pair: tuple[str, str], device="cpu") -> RetrievalData:
     """All items of two modalities that have a partner, with their matches."""
-    rows, direction = _partnered_rows(pairs, pair), served_direction(pairs, pair)
+    rows, direction = partnered_rows(pairs, pair), served_direction(pairs, pair)
     source, _, target = direction.partition("->")
     relevant = pairs.matches(direction, rows[source], rows[target])
     relevant = relevant if (source, target) == pair else relevant.T

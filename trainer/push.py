@@ -6,6 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
@@ -35,8 +36,11 @@ def _model_card(folder: Path, repo: str) -> bytes:
         raise FileNotFoundError(
             f"'{folder}' has no card (README.md). Make one: altmoe publish --run {folder} --out FOLDER."
         )
-    text = re.sub(r'^repo = ".*"$', lambda _: f'repo = "{repo}"', path.read_text(encoding="utf-8"), flags=re.M)
-    ModelCard(text)  # its metadata must be readable before anything is sent; the Hub checks it again
+    text = re.sub(r'^repo = ".*"', lambda _: f'repo = "{repo}"', path.read_text(encoding="utf-8"), flags=re.M)
+    try:
+        ModelCard(text)  # its metadata must be readable before anything is sent; the Hub checks it again
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"The metadata of '{path}' cannot be read ({' '.join(str(error).split())}).") from error
     return text.encode()
 
 

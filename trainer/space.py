@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import modeling_altmoe
 from modeling_altmoe.sharing_altmoe import refuse_local_encoders
-from trainer.publish import TEMPLATE
+from trainer.card import TEMPLATE
 
 SPACE = TEMPLATE.parent / "space"
 HANDLER = TEMPLATE.parent / "endpoint" / "handler.py"

@@ -27,6 +27,9 @@ from trainer.arguments import AltMoEArguments
 from trainer.measuring import evaluate_pairs
 from trainer.pairs import LatentPairs
 from trainer.schedules import DirectionSchedule
+from trainer.state import load_tree, random_state, save_tree, set_random_state
+
+TRAINING_STATE = "training_state.safetensors"  # optimiser, schedule and gradient scale
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -231,8 +234,55 @@ class AltMoETrainer(Trainer):
             (folder / TRAINING_ARGS_NAME).unlink()
             (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
+    def _sharded(self) -> bool:
+        """DeepSpeed and FSDP spread the optimiser over processes and have formats of their own."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """As safetensors and JSON; the stock files are pickles."""
+        if self._sharded():
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            parts = {"optimizer": self.optimizer, "scheduler": self.lr_scheduler, "scaler": self._scaler()}
+            state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+            save_tree(state, Path(output_dir) / TRAINING_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self._sharded():
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state = load_tree(Path(checkpoint) / TRAINING_STATE)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        if (scaler := self._scaler()) is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
+
+    def _scaler(self):
+        return getattr(self.accelerator, "scaler", None)
+
+    def _save_scaler(self, output_dir):
+        """Saved with the optimiser."""
+        if self._sharded():
+            super()._save_scaler(output_dir)
+
+    def _load_scaler(self, checkpoint):
+        """Loaded with the optimiser."""
+        if self._sharded():
+            super()._load_scaler(checkpoint)
+
+    def _random_file(self, folder) -> Path:
+        return Path(folder) / f"rng_state_{self.args.process_index}.safetensors"
+
+    def _save_rng_state(self, output_dir):
+        """As safetensors and JSON; the stock file is a pickle."""
+        save_tree(random_state(self.args.device), self._random_file(output_dir))
+
+    def _load_rng_state(self, checkpoint):
+        # a run may go on with more processes than it had
+        if checkpoint is not None and self._random_file(checkpoint).is_file():
+            set_random_state(load_tree(self._random_file(checkpoint)), self.args.device)
+
     def _upload(self, folder, message: str, **place):
-        """Send a folder; of a checkpoint only what is no pickle, so the optimiser's state stays here."""
+        """Send a folder, without what is a pickle."""
         ignored = ["_*", "checkpoint-*", *PICKLES] if not place else list(PICKLES)
         if self._hub is None:  # one client: its uploads wait for each other, so no commit overtakes another
             self._hub = HfApi(token=self.args.hub_token)

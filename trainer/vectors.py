@@ -145,38 +145,41 @@ def open_safetensors(name: str, vectors: str | None = None) -> VectorSource:
 
 @source(".faiss", ".index")
 def open_faiss(name: str, vectors: str | None = None) -> VectorSource:
-    """A FAISS index; its own ids where it has them. Quantised vectors come back as an approximation."""
+    """A FAISS index, memory-mapped; its own ids where it has them. Quantised vectors come back as an approximation."""
     import faiss
 
     try:
-        index = faiss.read_index(name, faiss.IO_FLAG_MMAP)
-    except RuntimeError:
-        index = faiss.read_index(name)
-    inner, ids = index, None
+        index = faiss.read_index(name, faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ValueError(f"'{name}' cannot be read as a FAISS index: {str(error).splitlines()[0]}") from error
+    inner, names = index, None
     if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
-        ids, inner = faiss.vector_to_array(index.id_map), faiss.downcast_index(index.index)
-    if isinstance(inner, faiss.IndexPreTransform):
-        below = faiss.downcast_index(inner.index)
-    else:
-        below = inner
-    if isinstance(below, faiss.IndexIVF):
-        below.make_direct_map()
+        inner, names = faiss.downcast_index(index.index), faiss.vector_to_array(index.id_map)
+    numbers, inverted = np.arange(inner.ntotal), faiss.try_extract_index_ivf(inner)
+    if inverted is not None:  # its vectors lie in lists, each with an id
+        inverted = faiss.downcast_index(inverted)
+        lists = [
+            faiss.rev_swig_ptr(inverted.invlists.get_ids(i), inverted.invlists.list_size(i)).copy()
+            for i in range(inverted.nlist)
+        ]
+        numbers = np.sort(np.concatenate(lists))
+        inverted.set_direct_map_type(faiss.DirectMap.Hashtable)
+    names = numbers if names is None else names[numbers]
 
-    def read() -> Iterator[Batch]:
-        for start in range(0, inner.ntotal, ROWS):
-            count = min(ROWS, inner.ntotal - start)
-            names = None if ids is None else [str(i) for i in ids[start : start + count]]
-            yield names, inner.reconstruct_n(start, count), {}
+    def read(owner=index) -> Iterator[Batch]:  # `inner` is a part of `index` and does not keep it alive
+        for start in range(0, len(numbers), ROWS):
+            part = slice(start, start + ROWS)
+            yield [str(i) for i in names[part]], inner.reconstruct_batch(numbers[part]), {}
 
     try:
-        inner.reconstruct_n(0, min(1, inner.ntotal))
+        inner.reconstruct_batch(numbers[:1])
     except RuntimeError as error:
         raise ValueError(
             f"'{name}' is a {type(inner).__name__}, which cannot give its vectors back. Import what it was built from."
         ) from error
-    exact = isinstance(below, (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat)) and below is inner
-    warning = None if exact else f"a {type(below).__name__} keeps its vectors approximately: so will the store"
-    return VectorSource(name, inner.d, read, inner.ntotal, columns={}, warning=warning)
+    exact = isinstance(inner, (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat))
+    warning = None if exact else f"a {type(inner).__name__} keeps its vectors approximately: so will the store"
+    return VectorSource(name, inner.d, read, len(numbers), warning=warning)
 
 
 @source(".parquet")

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import paired_latents, tiny_processors
+from conftest import paired_latents, small_model, tiny_processors
 from hub_server import READ, STRANGER, Hub
+from PIL import Image
+from transformers import pipeline
 
 from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
+from trainer.arguments import AltMoEArguments
+from trainer.pairs import LatentPairs
+from trainer.trainer import AltMoETrainer
 
 ROOT = Path(__file__).parent.parent
 LOAD = """
@@ -18,6 +23,18 @@ import torch
 from transformers import AutoModel
 model = AutoModel.from_pretrained({name!r}, trust_remote_code=True)
 print(model.predict({{"image": torch.ones(1, 32)}}, "image->text").flatten().tolist())
+"""
+EVERYTHING = """
+import json, torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+name, trust = "me/joined", {"trust_remote_code": True}
+config, model = AutoConfig.from_pretrained(name, **trust), AutoModel.from_pretrained(name, **trust)
+processor, pipe = AutoProcessor.from_pretrained(name, **trust), pipeline(model=name, **trust)
+pictures, words = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")], ["a cat", "a red house", "green"]
+logits = model(**processor(images=pictures, text=words)).logits_per_image
+ranked = pipe(words, candidates={"image": pictures})
+print(json.dumps([config.directions, logits.tolist(), [[hit["score"] for hit in hits] for hits in ranked]]))
 """
 
 
@@ -57,12 +74,21 @@ def test_altmoe_push_and_a_stranger_pulls(hub, published, tmp_path):
     files = hub.files("me/joined")
     assert 'repo = "me/joined"' in files["README.md"].decode() and "modeling_altmoe.py" in files
     environment = hub.environment(tmp_path / "fresh", token=None)
-    pulled = run(LOAD.format(name="me/joined"), environment, tmp_path / "elsewhere")
+    pulled = run(EVERYTHING, environment, tmp_path / "elsewhere")
     assert pulled.returncode == 0, pulled.stderr
-    expected = model.predict({"image": torch.ones(1, 32)}, "image->text").flatten()
-    assert torch.equal(torch.tensor(json.loads(pulled.stdout.splitlines()[-1])), expected)
+    directions, logits, ranked = json.loads(pulled.stdout.splitlines()[-1])
+    pictures, words = (
+        [Image.new("RGB", (40, 30), color) for color in ("red", "blue")],
+        ["a cat", "a red house", "green"],
+    )
+    processor = AltMoEProcessor.from_pretrained(root)
+    assert directions == model.directions
+    expected = model(**processor(images=pictures, text=words)).logits_per_image
+    assert torch.equal(torch.tensor(logits), expected)
+    here = pipeline("cross-modal-retrieval", model=model, processor=processor)(words, candidates={"image": pictures})
+    assert ranked == [[hit["score"] for hit in hits] for hits in here]
     before = len(hub.requests)
-    offline = run(LOAD.format(name="me/joined"), {**environment, "HF_HUB_OFFLINE": "1"}, tmp_path / "elsewhere")
+    offline = run(EVERYTHING, {**environment, "HF_HUB_OFFLINE": "1"}, tmp_path / "elsewhere")
     assert offline.stdout == pulled.stdout, offline.stderr
     assert len(hub.requests) == before
 
@@ -74,10 +100,10 @@ def test_branches_private_repositories_and_tokens(hub, published, tmp_path):
     done = altmoe(["push", str(root), "me/secret", "--revision", "next"], mine, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "config.json" in hub.files("me/secret", "next") and hub.repositories["model", "me/secret"].private
+    hub.repositories["model", "me/secret"].commit({"README.md": b"nothing here"}, "main", "emptied")
+    by_branch = LOAD.replace("{name!r},", '"me/secret", revision="next",').format()
     for token, works in ((READ, True), (STRANGER, False), (None, False)):
-        pulled = run(
-            LOAD.format(name="me/secret"), hub.environment(tmp_path / f"cache-{works}-{token}", token), tmp_path
-        )
+        pulled = run(by_branch, hub.environment(tmp_path / f"cache-{works}-{token}", token), tmp_path)
         assert (pulled.returncode == 0) == works, pulled.stderr
     refused = altmoe(["push", str(root), "me/secret"], hub.environment(tmp_path / "reader", READ), tmp_path)
     assert refused.returncode == 2 and "may write" in refused.stderr and READ not in refused.stderr
@@ -106,12 +132,17 @@ model = AltMoEModel.from_pretrained({str(root)!r})
 try: model.push_to_hub("me/own", self_contained=False)
 except ValueError as error: print("refused:", error)
 model.push_to_hub("me/own")  # it came with its encoders, and goes with them
-AltMoEProcessor.from_pretrained({str(root)!r}).push_to_hub("me/own")
+processor = AltMoEProcessor.from_pretrained({str(root)!r})
+processor.push_to_hub("me/own")
+model.save_pretrained("saved", push_to_hub=True, repo_id="me/saved", private=True)
+processor.save_pretrained("saved", push_to_hub=True, repo_id="me/saved")
 """
     done = run(code, hub.environment(tmp_path / "mine"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "refused: These encoders lie on this machine only" in done.stdout
-    assert {"processor_config.json", "encoder_image/model.safetensors"} <= set(hub.files("me/own"))
+    for name in ("me/own", "me/saved"):
+        assert {"processor_config.json", "encoder_image/model.safetensors"} <= set(hub.files(name))
+    assert hub.repositories["model", "me/saved"].private
     code = "from transformers import AutoProcessor\nAutoProcessor.from_pretrained('me/own', trust_remote_code=True)\n"
     pulled = run(code + LOAD.format(name="me/own"), hub.environment(tmp_path / "fresh"), tmp_path)
     assert pulled.returncode == 0, pulled.stderr
@@ -177,6 +208,24 @@ print(model.predict({"image": torch.ones(1, 24)}, "image->text").shape)
 """
 
 
+def resume_from_the_hubs_files(files: dict[str, bytes], folder: Path) -> None:
+    """Two more steps than the pushed run had."""
+    folder.mkdir()
+    for name, content in files.items():
+        if name.startswith("last-checkpoint/"):
+            (folder / Path(name).name).write_bytes(content)
+    latents = paired_latents(32)
+    model = small_model(seed=5)
+    pairs = LatentPairs(latents, {m: [str(i) for i in range(32)] for m in latents}, model.directions)
+    still = {"eval_strategy": "no", "load_best_model_at_end": False, "use_cpu": True, "disable_tqdm": True}
+    args = AltMoEArguments(str(folder.parent / "on"), max_steps=6, per_device_train_batch_size=8, **still)
+    trainer = AltMoETrainer(model, args, pairs)
+    trainer.train(resume_from_checkpoint=str(folder))
+    steps = [entry["step"] for entry in trainer.state.log_history if "train_runtime" not in entry]
+    assert trainer.state.global_step == 6 and steps == sorted(steps) and trainer.optimizer.state_dict()["state"]
+    assert {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()} == {6}
+
+
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_every_hub_strategy_pushes_a_loadable_repository_without_pickles_or_tokens(hub, strategy, tmp_path):
     mine = hub.environment(tmp_path / "mine")
@@ -190,7 +239,10 @@ def test_every_hub_strategy_pushes_a_loadable_repository_without_pickles_or_toke
         mine["HF_TOKEN"].encode() not in b"".join(files.values()) and mine["HF_TOKEN"] not in done.stdout + done.stderr
     )
     if strategy == "checkpoint":
-        assert "last-checkpoint/config.json" in files
+        # all that a run needs to go on from there
+        needed = ("config.json", "trainer_state.json", "training_state.safetensors", "rng_state_0.safetensors")
+        assert {f"last-checkpoint/{name}" for name in needed} <= set(files)
+        resume_from_the_hubs_files(files, tmp_path / "last-checkpoint")
     if strategy == "all_checkpoints":
         assert "checkpoint-2/config.json" in files
     pulled = run(LOAD_TRAINED, hub.environment(tmp_path / "fresh", None), tmp_path / "elsewhere")

@@ -29,6 +29,8 @@ DATA = {
         **{f"text_{language}": f"caption_{language}" for language in ("de", "es", "fr", "it")},
     },
 }
+# "<name>-blocks": the same items, pictures by five blocks of their encoder side by side
+BLOCKS, BLOCK_FLAGS = "-blocks", ("--layers", "-7", "-5", "-3", "-2", "-1", "--combine", "concat")
 FOLDERS = {"stamps-languages": "stamps-speech"}  # where it lies, if not below its own name
 
 
@@ -39,13 +41,15 @@ def store_folders(name: str) -> dict[str, str]:
         ValueError: neither known nor there.
     """
     place = BUILD / "stores" / FOLDERS.get(name, name)
+    if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) in DATA:
+        return {**store_folders(name.removesuffix(BLOCKS)), "image": str(place / "image")}
     if name in DATA:
         return {modality: str(place / modality) for modality in sorted(DATA[name])}
     found = sorted(path.parent.name for path in place.glob("*/store.json"))
     if len(found) < 2:
         raise ValueError(
-            f"data set '{name}': known are {', '.join(DATA)}; or put two stores or more below {place}, or name them "
-            "with --stores image=FOLDER text=FOLDER."
+            f"data set '{name}': known are {', '.join(DATA)} (each with {BLOCKS}, too); or put two stores or more "
+            f"below {place}, or name them with --stores image=FOLDER text=FOLDER."
         )
     return {modality: str(place / modality) for modality in found}
 
@@ -57,16 +61,17 @@ def is_there(name: str) -> bool:
 
 def prepare(name: str) -> dict[str, str]:
     """The stores of a data set; what is missing of a known one is fetched and encoded first."""
-    folders = store_folders(name)
-    folder = FOLDERS.get(name, name)
+    folders, plain = store_folders(name), name.removesuffix(BLOCKS)
+    folder = FOLDERS.get(plain, plain)
     for modality, store in folders.items():
         if not (Path(store) / "store.json").exists():
             which, encoder = ENCODERS[modality.partition("_")[0]]
             _run("-m", "demo.encoders", which)
             _run("-m", "demo.data", folder)
             _run(
-                *("-m", "trainer.cli", "encode", "--data", f"build/data/{folder}", "--column", DATA[name][modality]),
+                *("-m", "trainer.cli", "encode", "--data", f"build/data/{folder}", "--column", DATA[plain][modality]),
                 *("--modality", modality, "--encoder", f"build/encoders/{encoder}", "--out", store),
+                *(BLOCK_FLAGS if name != plain and modality == "image" else ()),
             )
     return folders
 

@@ -37,7 +37,9 @@ def recall(of: dict, variant: str = BEST) -> np.ndarray:
 
 def _text(values, sign: str = "") -> str:
     values = np.asarray(list(values), dtype=float)
-    return f"{values.mean():{sign}.1f} ± {standard_error(values):.1f}" if len(values) else "-"
+    if not len(values):
+        return "-"
+    return f"{values.mean():{sign}.1f}" + (f" ± {standard_error(values):.1f}" if len(values) > 1 else "")
 
 
 def lead(results: dict, size: str, pair: str, method: str, variant: str = BEST) -> np.ndarray:

@@ -186,7 +186,8 @@ def recalls(results: dict, place: str) -> dict[str, np.ndarray]:
 
 
 def _text(values, digits: int = 1) -> str:
-    return f"{np.mean(values):.{digits}f} ± {standard_error(values):.{digits}f}"
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{error}"
 
 
 def table(results: dict, cells: list[tuple]) -> str:
@@ -210,14 +211,15 @@ def gates_table(results: dict, cells: list[tuple]) -> str:
     """What the first expert of each gate shares with the item, in the alternating mixture."""
     labels = [(gate, label) for gate in ("contrastive", "regression") for label in ("cluster", "own", "direction")]
     lines = [
-        f"| modalities | conflict | updates | {' | '.join(f'{gate}: {label}' for gate, label in labels)} |",
-        "|---" * (3 + len(labels)) + "|",
+        f"| modalities | conflict | updates | seeds | {' | '.join(f'{gate}: {label}' for gate, label in labels)} |",
+        "|---" * (4 + len(labels)) + "|",
     ]
     for cell in cells:
-        runs = list(results.get(place_of(*cell), {}).get(next(iter(ARMS)), {}).values())
+        runs = results.get(place_of(*cell), {}).get(next(iter(ARMS)), {}).values()
+        runs = [run for run in runs if "contrastive" in run["gates"]]  # earlier versions kept another reading
         if runs:
             texts = [_text([run["gates"][gate][label] for run in runs], 2) for gate, label in labels]
-            lines.append(f"| {cell[0]} | {cell[1]:g} | {cell[2]} | {' | '.join(texts)} |")
+            lines.append(f"| {cell[0]} | {cell[1]:g} | {cell[2]} | {len(runs)} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 

@@ -225,7 +225,8 @@ class Shard:
         self.path, self.dead = path, dead
         try:
             self.table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()  # maps, does not read
-            latent = self.table.column("latent").combine_chunks()  # one chunk a shard: nothing is copied
+            latent = self.table.column("latent")  # one chunk, as we write it; combining would copy it into memory
+            latent = latent.chunk(0) if latent.num_chunks == 1 else latent.combine_chunks()
             self.vectors = latent.flatten().to_numpy(zero_copy_only=True).reshape(-1, latent_size)
         except FileNotFoundError:
             raise

@@ -26,8 +26,10 @@ def _value(column: str, kind: str, value: Any) -> Any:
     try:
         if not isinstance(value, str) and pa.types.is_string(wanted):
             raise pa.ArrowInvalid("not a text")
+        if pa.types.is_integer(wanted) and not isinstance(value, str) and int(value) != value:
+            raise pa.ArrowInvalid("Arrow would cut it off")
         return (pa.scalar(value).cast(wanted) if isinstance(value, str) else pa.scalar(value, wanted)).as_py()
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, TypeError) as error:
         raise ValueError(f"Column '{column}' is of type {kind}, which {value!r} is not.") from error
 
 

@@ -16,13 +16,20 @@ class Batcher:
     Args:
         work: `list of items -> list of results` of the same length; an exception in place of a result is raised where
             that item was submitted.
-        max_batch: items a call.
+        max_batch: items a call, or the sum of their weights where these differ.
         max_wait: seconds that an item waits for company where nothing else is to be done. While a call runs, the next
             items gather anyway.
+        weight: `item -> how much of a batch it takes`.
     """
 
-    def __init__(self, work: Callable[[list], list], max_batch: int = 32, max_wait: float = 0.002):
-        self.work, self.max_batch, self.max_wait = work, max_batch, max_wait
+    def __init__(
+        self,
+        work: Callable[[list], list],
+        max_batch: int = 32,
+        max_wait: float = 0.002,
+        weight: Callable[[Any], int] = lambda item: 1,
+    ):
+        self.work, self.max_batch, self.max_wait, self.weight = work, max_batch, max_wait, weight
         self._waiting: deque[tuple[Any, asyncio.Future]] = deque()
         self._arrived = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="altmoe-batch")
@@ -69,11 +76,12 @@ class Batcher:
                 await self._arrived.wait()
             if len(self._waiting) < self.max_batch:
                 await asyncio.sleep(self.max_wait)
-            batch = []
-            while self._waiting and len(batch) < self.max_batch:
+            batch, room = [], self.max_batch
+            while self._waiting and room > 0:
                 item, future = self._waiting.popleft()
                 if not future.done():  # else its client has gone, or its time was over
                     batch.append((item, future))
+                    room -= self.weight(item)
             if not batch:
                 continue
             try:

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -209,10 +210,7 @@ class Description:
     check = LatentStore.check
 
     def __init__(self, table: Table, model: AltMoEModel | None = None, target: str | None = None):
-        if table.width is None:
-            raise ValueError(
-                f"{table.address} does not exist. Make it with 'altmoe index STORE --model M --index ...'."
-            )
+        _exists(table)
         self.path, self.columns, self.latent_size = table.address, table.columns, table.width
         if table.description is not None:
             self.modality, self.encoder = table.description["modality"], table.description["encoder"]
@@ -318,6 +316,26 @@ class DatabaseBackend:
                 "run 'altmoe index' on the store again."
             )
         return rows
+
+
+def look(url: str) -> tuple[str | None, dict[str, str]]:
+    """What a table holds: its modality (None for a table of somebody else) and its metadata columns `{name: Arrow type}`.
+
+    Raises:
+        ImportError, ConnectionError, ValueError: as `open_database`.
+    """
+    with closing(open_table(url)) as table:
+        if table.description is None:
+            _exists(table)
+            return None, table.columns
+        return table.description["modality"], table.columns
+
+
+def _exists(table: Table) -> None:
+    if table.width is None:
+        raise ValueError(
+            f"{table.address} does not exist. Make it with 'altmoe index STORE --model M --index ADDRESS'."
+        )
 
 
 def open_database(model: AltMoEModel, store: LatentStore | None, direction: str, url: str) -> DatabaseBackend:

@@ -83,12 +83,13 @@ def ingest(
                 counts["written"] += len(new)
                 counts["present"] += len(ids) - len(new)
                 bar.update(len(ids))
-        if table.count() != len(store):
-            for page in table.ids(10_000):
-                gone = [name for name, kept in zip(page, store.has(page), strict=True) if not kept]
-                table.delete(gone)
-                counts["deleted"] += len(gone)
-        table.finish()
+            if table.count() != len(store):
+                for page in table.ids(10_000):
+                    gone = [name for name, kept in zip(page, store.has(page), strict=True) if not kept]
+                    table.delete(gone)
+                    counts["deleted"] += len(gone)
+            bar.set_description("index")
+            table.finish()
         table.describe({**description, "hubness": description["hubness"] | models})
         return {**counts, "rows": table.count()}
 

@@ -19,7 +19,7 @@ class Limits:
     max_k: int = _limit(100, "results of one search")
     max_queue: int = _limit(512, "searches at once; more are answered with 503")
     timeout: float = _limit(60.0, "seconds for one search, its upload included")
-    max_batch: int = _limit(32, "queries answered together")
+    max_batch: int = _limit(32, "queries answered together; on a CPU a picture or sound counts as eight")
     max_wait: float = _limit(0.002, "seconds that a query waits for company when nothing else is to be done")
     readers: int = _limit(2, "threads that decode uploads")
 

@@ -16,7 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--model", required=True, help="trained or published model: folder or Hub name")
     parser.add_argument(
-        "--store", action="append", required=True, metavar="MODALITY=STORE", help="what can be found (may be repeated)"
+        "--store",
+        action="append",
+        required=True,
+        metavar="MODALITY=STORE",
+        help="what can be found: a LatentStore or a database's address (may be repeated)",
     )
     parser.add_argument(
         "--index", default="auto", help="auto, exact, a FAISS factory string, milvus://... or postgresql://..."

@@ -84,7 +84,7 @@ class Service:
 
     def __init__(self, engine: Engine, limits: Limits):
         self.engine, self.limits, self.metrics = engine, limits, Metrics()
-        self.batcher = Batcher(self._work, limits.max_batch, limits.max_wait)
+        self.batcher = Batcher(self._work, limits.max_batch, limits.max_wait, engine.weight)
         self.metrics.waiting.set_function(lambda: len(self.batcher))
         self.readers = concurrent.futures.ThreadPoolExecutor(limits.readers, thread_name_prefix="altmoe-read")
         self.question = question_model(engine, limits)

@@ -428,3 +428,21 @@ def test_every_command_explains_itself(command, capsys):
         altmoe([command, "--help"])
     assert ended.value.code == 0
     assert len(capsys.readouterr().out) > 300
+
+
+def test_a_database_alone_gives_the_results_of_the_store(place, capsys, tmp_path):
+    pytest.importorskip("milvus_lite")
+    address, model = f"milvus://{tmp_path}/lite.db?collection=pictures", str(place / "hub")
+    query = ["--model", model, "--text", "a red cat", "-k", "3", "--where", "group!=red cat", "--json"]
+    altmoe(["index", str(place / "image"), "--model", model, "--index", address])
+    assert f"{len(LatentStore.open(place / 'image'))} rows" in capsys.readouterr().out
+    altmoe(["search", "-", "--index", address, *query])
+    (found,) = json.loads(capsys.readouterr().out)
+    altmoe(["search", str(place / "image"), *query])
+    (expected,) = json.loads(capsys.readouterr().out)
+    assert len(found["hits"]) == 3 and found["confidence"] == pytest.approx(expected["confidence"], abs=1e-4)
+    for hit, other in zip(found["hits"], expected["hits"], strict=True):
+        assert hit == {**other, "row": None, "score": pytest.approx(other["score"], abs=1e-4)}
+    words = ["search", "-", "--model", model, "--text", "a cat"]
+    assert "'-' instead of a store needs a database" in fails(capsys, *words)
+    assert "does not exist. Make it with 'altmoe index" in fails(capsys, *words, "--index", address + "s")

@@ -230,7 +230,7 @@ TestAgainst.settings = settings(max_examples=10, stateful_step_count=8, deadline
 
 
 def test_ids_that_share_their_hash_are_told_apart(tmp_path, monkeypatch):
-    for module in ("shards_altmoe", "latents_altmoe"):
+    for module in ("shards_altmoe", "latents_altmoe", "writing_altmoe"):
         monkeypatch.setattr(
             f"modeling_altmoe.{module}.hash_ids", lambda ids: np.array([len(name) for name in ids], dtype="<u8")
         )

@@ -93,6 +93,14 @@ def test_slow_methods_get_fewer_splits_and_no_curve(stores):
     assert len(quality.plan("d", stores, whole)) == 3  # 5000 concepts are not there
 
 
+def test_a_large_set_gets_what_is_quick_unless_more_is_named(stores, monkeypatch):
+    monkeypatch.setattr(quality, "LARGE", 50)
+    jobs = quality.plan("d", stores, quality.parser().parse_args([]))
+    assert {job.seed for job in jobs} == {0, 1, 2} and not {job.method for job in jobs} & set(quality.SLOW)
+    named = quality.plan("d", stores, quality.parser().parse_args(["--methods", "sail", "--slow_seeds", "1"]))
+    assert [(job.method, job.seed) for job in named] == [("sail", 0)]
+
+
 def test_leads_are_paired_by_split():
     def figures(value):
         return {name: {"mean_recall": value} for name in VARIANTS}
@@ -136,3 +144,15 @@ def test_what_is_missing_is_made_with_commands_that_are_shown(monkeypatch, capsy
     assert len(quality.directions_of(languages)) == 30
     assert languages["text_fr"] == "build/stores/stamps-speech/text_fr"
     assert np.isclose(quality.TEST + quality.VALIDATION, 0.3)
+
+
+def test_pictures_by_several_blocks_are_a_data_set_of_their_own(tmp_path, monkeypatch):
+    """Only the pictures are encoded anew; captions are those of the plain data set."""
+    monkeypatch.chdir(tmp_path)
+    called = []
+    monkeypatch.setattr(data_sets.subprocess, "run", lambda words, check: called.append(words[1:]))
+    folders = data_sets.prepare("stamps-blocks")
+    assert folders == {"image": "build/stores/stamps-blocks/image", "text": "build/stores/stamps/text"}
+    pictures, captions = [words for words in called if "encode" in words]
+    assert pictures[-2:] == ["--combine", "concat"] and "build/data/stamps" in pictures
+    assert "--combine" not in captions and captions[captions.index("--out") + 1] == folders["text"]

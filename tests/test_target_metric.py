@@ -57,6 +57,19 @@ def test_metric_is_the_formula_keeps_length_and_follows_a_rotation():
     torch.testing.assert_close(turn.T @ metric @ turn, turned, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("seed", [0, 3, 4])
+def test_a_gain_within_one_standard_error_is_left(seed):
+    """Where all directions of the targets tell the same, some metric is ahead by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randn(120, 24, generator=generator)
+    predictions = targets + 3 * torch.randn(120, 24, generator=generator)
+    targets, groups = F.normalize(targets, dim=1), torch.arange(120)
+    _, ahead = fit(predictions, targets, groups, choices=CHOICES[1:])
+    metric, chosen = fit(predictions, targets, groups)
+    assert ahead["criterion"] > chosen["plain_criterion"] and chosen["power"] == 0
+    torch.testing.assert_close(metric, torch.eye(24), atol=1e-5, rtol=0)
+
+
 def test_order_of_rows_does_not_matter_to_the_metric():
     predictions, targets, groups = loud_and_telling(80)
     order = torch.randperm(80, generator=torch.Generator().manual_seed(1))

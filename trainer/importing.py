@@ -330,7 +330,6 @@ def import_vectors(arguments: argparse.Namespace) -> dict[str, int]:
     source = open_source(arguments.source, arguments.vectors, **options)
     if source.warning:
         print(f"note: '{source.name}': {source.warning}")
-    arguments.source = source.name  # an address may hold a password, which no message may show
     rows = Rows(source, arguments.ids, arguments.metadata)
     entry, load = find_protocol(arguments, source)
     protocol = LatentProtocol.from_dict(entry.get("protocol") or {})

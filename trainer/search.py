@@ -14,7 +14,7 @@ from trainer.contact_sheet import contact_sheet, pictures_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("store", help="folder of the LatentStore to search")
+    parser.add_argument("store", help="folder of the LatentStore to search; - where a database has it all")
     parser.add_argument("--model", required=True, help="trained or published model: folder or Hub name")
     parser.add_argument("--text", action="append", help="a query in words (may be repeated)")
     parser.add_argument("--image", action="append", help="a picture as the query (may be repeated)")
@@ -61,13 +61,14 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     given = {m: getattr(arguments, m) for m in ("text", "image", "audio") if getattr(arguments, m)}
     if not given:
         raise ValueError("No query: give --text, --image or --audio.")
-    store = LatentStore.open(arguments.store)
+    store = None if arguments.store == "-" else LatentStore.open(arguments.store)
+    held, columns = _held(arguments) if store is None else (store.modality, store.columns)
     model = AltMoEModel.from_pretrained(arguments.model)
-    where = parse_where(arguments.where or [], store.columns)
+    where = parse_where(arguments.where or [], columns)
     processor = AltMoEProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     results = []
     for modality, queries in given.items():
-        direction = arguments.direction or f"{modality}->{store.modality}"
+        direction = arguments.direction or f"{modality}->{held}"
         model.config.resolve(direction)
         index = open_index(model, store, direction, arguments.index, rebuild=arguments.rebuild)
         items = [processor.read(modality, item) for item in queries]
@@ -79,6 +80,18 @@ def run(arguments: argparse.Namespace) -> list[dict]:
             about = {"query": query, "kind": modality, "direction": direction, "index": index.describe()}
             results.append({**about, "confidence": hits.confidence, "found": hits.found, "hits": hits})
     return results
+
+
+def _held(arguments: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """The modality and the columns of a database that is searched without a store."""
+    if "://" not in arguments.index:
+        raise ValueError(f"'-' instead of a store needs a database: --index {arguments.index} is none.")
+    from serving.databases import look
+
+    modality, columns = look(arguments.index)
+    if modality is None and arguments.direction is None:
+        raise ValueError("The table does not say of which modality its vectors are: give --direction.")
+    return modality, columns
 
 
 def show(query: str, direction: str, hits: Hits) -> str:
@@ -105,7 +118,8 @@ def main(arguments: argparse.Namespace) -> None:
     results = run(arguments)
     if arguments.html:
         pictures = pictures_of(arguments.data, Path(arguments.store))
-        title = f"{arguments.store}, searched by {arguments.model}"
+        searched = results[0]["index"] if arguments.store == "-" else arguments.store
+        title = f"{searched}, searched by {arguments.model}"
         Path(arguments.html).write_text(contact_sheet(title, results, pictures), encoding="utf-8")
     if arguments.json:
         shown = [{**r, "hits": [vars(hit) for hit in r["hits"]]} for r in results]

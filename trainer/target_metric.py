@@ -46,7 +46,8 @@ def fit_target_metrics(
         targets: `{modality: (n, d)}` centred-unit latents of every modality that is a target.
         folds: `{modality: (n,)}` integer ids for the rows of sources and targets.
         items: `{modality: (n,)}` integer ids for the same rows; equal ids match, and lie in one fold.
-        choices: `(power, ridge)` pairs; the first of equals wins.
+        choices: `(power, ridge)` pairs; the first of equals wins, and the plain inner product, where it is among
+            them, unless the best is ahead of it by more than one standard error (of the paired difference).
         max_selection_rows: rows a side (whole items, seeded) that the choice is made on. Covariances are of all rows.
         seed: for those rows.
 
@@ -68,8 +69,7 @@ def fit_target_metrics(
     chosen = torch.zeros(len(every), dtype=torch.bool)
     chosen[order[: max(2, int((most[order].cumsum(0) <= max_selection_rows).sum()))]] = True
 
-    totals = torch.zeros(len(choices), dtype=torch.float64)
-    queries = 0
+    found = [[] for _ in choices]  # reciprocal ranks of all queries, under each choice
     for fold in torch.cat(list(folds.values())).unique():
         here = {m: (chosen[rows] & (folds[m] == fold)).nonzero()[:, 0] for m, rows in items.items()}
         parts = []
@@ -81,20 +81,22 @@ def fit_target_metrics(
         match = items[source][here[source]][:, None] == items[target][here[target]][None, :]
         if match.any() and not match.all():
             for place, choice in enumerate(choices):
-                found = _reciprocal_ranks(parts, match, *choice)
-                totals[place] += found.sum()
-            queries += len(found)
-    best = int(totals.argmax())  # the first of equals
+                found[place].append(_reciprocal_ranks(parts, match, *choice))
+    values = torch.stack([torch.cat(ranks or [torch.zeros(1)]) for ranks in found])  # (choices, queries)
+    criteria = values.mean(1)
+    best = int(criteria.argmax())  # the first of equals
+    plain = choices.index(PLAIN) if PLAIN in choices else best
+    gain = values[best] - values[plain]
+    if gain.mean() <= gain.std(correction=0) / len(gain) ** 0.5:
+        best = plain
     power, ridge = choices[best]
     metrics = {}
     for (source, target), said in predictions.items():
         energy, vectors = _spectrum(targets[target])
         metric = (vectors * (energy + ridge) ** -power) @ vectors.T
         metrics[source, target] = metric * (said.norm() / (said @ metric).norm().clamp_min(1e-12))
-    criteria = totals / max(1, queries)
-    plain = choices.index(PLAIN) if PLAIN in choices else best
-    values = {"criterion": float(criteria[best]), "plain_criterion": float(criteria[plain])}
-    return metrics, {"power": power, "ridge": ridge, **values}
+    about = {"criterion": float(criteria[best]), "plain_criterion": float(criteria[plain])}
+    return metrics, {"power": power, "ridge": ridge, **about}
 
 
 def _reciprocal_ranks(parts: list, match: Tensor, power: float, ridge: float) -> Tensor:

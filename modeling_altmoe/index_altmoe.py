@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 try:  # searching a store needs it, loading a checkpoint does not
     import faiss
@@ -96,7 +97,7 @@ class LocalBackend:
         """What kind of index this is, in a few words."""
         text = f"{self.factory}, {len(self):,} rows"
         if "recall" in self.effort:
-            text += f", recall@{TUNING_K} {self.effort['recall']:.3f} measured with training queries"
+            text += f", recall@{TUNING_K} {self.effort['recall']:.3f} by queries like new ones"
         settings = [
             f"{name} {self.effort[name]}" for name in ("nprobe", "efSearch", "short_list") if name in self.effort
         ]
@@ -324,21 +325,27 @@ class Best:
 
 
 def bank_queries(model, direction: str) -> torch.Tensor | None:
-    """Whole query vectors of training items, real queries from the other modality: `(n, d)`; None without a bank."""
+    """Whole query vectors to measure recall with: `(n, d)`; None without a bank of training items.
+
+    What the connector predicts from an item it was trained on lies close to the answer, and is found more easily than what
+    new queries ask for. So each has the prediction halfway between two other items, with its own latent for the other
+    direction. Measured on stamps, 20,000 rows: nprobe 1 finds 0.996 for trained items, 0.69 for held-out captions and 0.63
+    for these; nprobe 32 finds 1.0, 0.988 and 0.987.
+    """
     post = model.postprocessing(direction)
     bank = post.query_bank.get(direction)
     if bank is None or not len(bank):
         return None
+    random = np.random.default_rng(0)
+    own, one, two = (torch.from_numpy(random.permutation(len(bank))[:TUNING_QUERIES]) for _ in range(3))
+    parts = [F.normalize(bank[one] + bank[two], dim=-1) / post.scales[direction]]
     source, _, target = direction.partition("->")
-    parts = [bank / post.scales[direction]]
     reverse = f"{target}->{source}"
-    if post.reverse_weight and reverse in post.gallery_bank and reverse in model.directions:
-        parts.append(post.gallery_bank[reverse] * (post.reverse_weight / post.scales[reverse]))
-    if len({len(part) for part in parts}) > 1:
-        return None
-    chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[:TUNING_QUERIES])
-    vectors = torch.cat([*parts, bank.new_ones(len(bank), 1)], dim=1)[torch.from_numpy(chosen)]
-    return vectors.float().cpu()
+    if post.reverse_weight and reverse in model.directions:
+        if len(post.gallery_bank.get(reverse, ())) != len(bank):
+            return None
+        parts.append(post.gallery_bank[reverse][own] * (post.reverse_weight / post.scales[reverse]))
+    return torch.cat([*parts, bank.new_ones(len(own), 1)], dim=1).float().cpu()
 
 
 def build(

@@ -394,7 +394,8 @@ class LatentStore(StoreWriter):
         description = json.dumps(shareable(self.description), indent=2) + "\n"
         replace = {DESCRIPTION: description.encode(), "README.md": store_card(self, repo_id, license).encode()}
         kwargs.setdefault("commit_message", f"{len(self)} latents")
-        return push_folder(self.path, repo_id, "dataset", replace=replace, **kwargs)
+        # shards of before a compaction go: whoever opens the data set with `datasets` would read their rows as well
+        return push_folder(self.path, repo_id, "dataset", replace=replace, mirror="shard-*.arrow", **kwargs)
 
     @classmethod
     def from_hub(cls, repo_id: str, **kwargs) -> "LatentStore":

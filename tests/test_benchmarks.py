@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import paired_latents, small_model
 
-from benchmarks import ablation, common
+from benchmarks import ablation, common, lora
 from trainer.arguments import parse_arguments
 from trainer.fitting import fit_frames
 from trainer.pairs import LatentPairs
@@ -73,3 +73,17 @@ def test_gradients_of_one_and_the_same_direction_agree():
     assert -1 <= ablation.gradient_conflict(model, pairs) < 0.999
     model.config.directions = [model.directions[0]] * 2
     torch.testing.assert_close(torch.tensor(ablation.gradient_conflict(model, pairs)), torch.tensor(1.0))
+
+
+def test_an_adapted_caption_asks_and_the_base_latent_is_found():
+    model, latents = small_model(), paired_latents(8)
+    adapted = latents["text"].flip(0)
+    both = torch.cat([adapted, latents["text"]], dim=1)
+    retriever = lora.AdaptedRetriever(model)
+    asked = retriever.queries("text->image", {"text": both})
+    torch.testing.assert_close(asked, model.queries("text->image", {"text": adapted}))
+    found = retriever.gallery("image->text", both)
+    torch.testing.assert_close(found, model.gallery("image->text", latents["text"]))
+    torch.testing.assert_close(
+        retriever.gallery("text->image", latents["image"]), model.gallery("text->image", latents["image"])
+    )

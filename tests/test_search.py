@@ -110,7 +110,7 @@ def test_an_approximate_index_at_high_effort_finds_what_the_exact_one_finds(mode
     assert agreement(ids(index.search(queries, 10)), truth(model, store, queries, 10)) > 0.99
 
 
-def test_recall_that_is_asked_for_is_measured_with_training_queries(model, store):
+def test_recall_that_is_asked_for_is_measured_with_queries_like_new_ones(model, store):
     low = build(model, store, DIRECTION, "IVF32,RaBitQ", recall=0.5)
     high = build(model, store, DIRECTION, "IVF32,RaBitQ", recall=0.99)
     assert low.effort["nprobe"] < high.effort["nprobe"] and high.effort["recall"] >= 0.99

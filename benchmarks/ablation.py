@@ -52,6 +52,7 @@ PARTS = {
     "joint, equal steps (T times the updates)": (CONNECTOR, JOINT),
     "joint, equal updates (steps / T)": (CONNECTOR, EQUAL_UPDATES),
     "joint, equal updates, learning rate x root of T": (CONNECTOR, LARGER_STEPS),
+    "alternating, learning rate x root of T": (CONNECTOR, {"rate": "root"}),
     "blocks of 10 steps": (CONNECTOR, {"schedule": "blocks"}),
     "one gate for both terms": (CONNECTOR, {"num_gates": 1}),
     "one pool a modality": (CONNECTOR, {"expert_pool": "per_modality"}),

@@ -135,7 +135,7 @@ class LatentIndex:
         results = [
             Hits(
                 [
-                    Hit(rows[place], found.ids[place], score, dict(found.columns(place)))
+                    Hit(rows[place], found.ids[place], score, found.columns(place))
                     for place, score in zip(best, values, strict=True)
                     if place >= 0
                 ]

@@ -92,6 +92,7 @@ def push_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     replace: dict[str, bytes] | None = None,
+    mirror: str | None = None,
 ) -> str:
     """Send a whole folder in one commit; run it again after a break, nothing is sent twice.
 
@@ -104,6 +105,7 @@ def push_folder(
         revision: branch to write to; made if it does not exist.
         commit_message: first line of the commit.
         replace: `{file name: content}` sent instead of files in the folder, or beside them.
+        mirror: pattern of files that the same commit removes there if they are not here.
 
     Returns:
         the commit's address.
@@ -114,7 +116,7 @@ def push_folder(
         PermissionError: the token may not write there.
         OSError: the connection broke; nothing was changed on the Hub.
     """
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     folder, replace = Path(folder), dict(replace or {})
     found = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -134,6 +136,10 @@ def push_folder(
         if revision:
             api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        if mirror:
+            there = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision)
+            gone = [name for name in there if fnmatch(name, mirror) and name not in files]
+            operations += [CommitOperationDelete(path_in_repo=name) for name in gone]
         return api.create_commit(
             repo_id, operations, repo_type=repo_type, revision=revision, commit_message=commit_message or "Upload"
         ).commit_url

@@ -28,7 +28,7 @@ from modeling_altmoe.index_files_altmoe import model_fingerprint
 
 OWN_OPTIONS = ("table", "collection", "vector", "id", "columns", "protocol")
 FEW = 1000  # items left by a condition, which are then all in the short list: a graph may miss some of them
-COUNTED_FOR = 60.0  # seconds
+AS_OF = 60.0  # seconds for which counts and a table's description are believed
 
 
 @dataclass
@@ -130,6 +130,9 @@ class Table(Protocol):
     width: int | None
     dtype: str  # "float16" or "float32"
     columns: dict[str, str]  # metadata columns, {name: Arrow type}
+
+    def look(self) -> None:
+        """Read what is there again."""
 
     def create(self, description: dict[str, Any]) -> None:
         """Make the table, or what it lacks of `description`; nothing happens to one that has all."""
@@ -245,26 +248,34 @@ class DatabaseBackend:
         self.table, self.store = table, store
         self.description = Description(table, model, target)
         self.description.check(target, model.config.encoders[target])
-        kept = (table.description or {}).get("hubness", {}).get(direction)
-        self.hubness = hubness_column(direction) if kept and kept == identity(model, direction) else None
-        self._lock = threading.Lock()  # one question at a time on one connection
-        self._counts: dict[str, tuple[float, int]] = {}
+        self._model, self._direction = identity(model, direction), direction
+        self._lock = threading.RLock()  # one question at a time on one connection
+        self._looked = -np.inf
         if not len(self):
             raise ValueError(f"{table.address} is empty: nothing can be found in it.")
 
+    def _look(self) -> None:
+        """Once a minute: somebody may have added rows, or another model's scalars."""
+        if time.monotonic() - self._looked > AS_OF:
+            if self._looked > 0:
+                self.table.look()
+                _exists(self.table)
+            kept = (self.table.description or {}).get("hubness", {}).get(self._direction)
+            self.hubness = hubness_column(self._direction) if kept == self._model else None
+            self._counts: dict[str, int] = {}
+            self._looked = time.monotonic()
+
     def __len__(self) -> int:
-        return self._count(None)
+        with self._lock:
+            self._look()
+            return self._count(None)
 
     def _count(self, where: dict[str, Any] | None) -> int:
-        """Items that meet the conditions, as of the last minute: a database counts by looking at each row."""
-        now, condition = time.monotonic(), repr(where)
-        since, count = self._counts.get(condition, (-np.inf, 0))
-        if now - since > COUNTED_FOR:
-            count = self.table.count(where)
-            if len(self._counts) > 1000:
-                self._counts.clear()
-            self._counts[condition] = (now, count)
-        return count
+        """Items that meet the conditions; kept, because a database counts by looking at each row."""
+        condition = repr(where)
+        if condition not in self._counts:
+            self._counts[condition] = self.table.count(where)
+        return self._counts[condition]
 
     def describe(self) -> str:
         """What kind of index this is, in a few words."""
@@ -273,6 +284,7 @@ class DatabaseBackend:
     def nearest(self, vectors: np.ndarray, k: int, where: dict[str, Any] | None) -> ShortList:
         """See `Backend`."""
         with self._lock:
+            self._look()
             candidates = self._count(where)
             if where is not None and candidates <= max(k, FEW):
                 found = [self.table.matching(where)] * len(vectors)
@@ -280,7 +292,8 @@ class DatabaseBackend:
                 k = min(k, candidates)
                 found = self.table.nearest(np.ascontiguousarray(vectors, dtype=np.float32), k, where)
             keys = list(dict.fromkeys(key for row in found for key in row))
-            rows = self.table.fetch(keys, self.hubness, self.store is None)
+            column = self.hubness
+            rows = self.table.fetch(keys, column, self.store is None)
         keys = [key for key in keys if key in rows]  # without what was deleted between the two questions
         place = {key: number for number, key in enumerate(keys)}
         places = np.full((len(found), max(map(len, found), default=0)), -1, dtype=np.int64)
@@ -296,13 +309,13 @@ class DatabaseBackend:
             latents = torch.from_numpy(stacked)
         else:
             latents = self.store.take(local)
-        hubness = torch.tensor([item.hubness for item in items]) if self.hubness else None
+        scalars = [item.hubness for item in items]
         return ShortList(
             ids=ids,
             latents=latents,
             places=places,
             read_columns=lambda at: items[at].columns if local is None else self.store.columns_of(int(local[at])),
-            hubness=hubness,
+            hubness=None if column is None or None in scalars else torch.tensor(scalars),
             rows=local,
             candidates=candidates,
         )

@@ -11,6 +11,7 @@ import time
 
 import anyio
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serving.metrics import Metrics
 
@@ -65,7 +66,9 @@ class Gate:
                 return await refuse(send_on, 503, message, **{"retry-after": "1"})
             self.inside += 1
             try:
-                await self._within_time(scope, self._limited(scope, receive), send_on, lambda: status)
+                announced = dict(scope["headers"]).get(b"content-length")
+                body = LimitedBody(receive, announced, self.max_bytes)
+                await self._within_time(scope, body, send_on, lambda: status)
             finally:
                 self.inside -= 1
         finally:
@@ -77,6 +80,8 @@ class Gate:
         try:
             with anyio.move_on_after(self.timeout) as time_limit:
                 await self.app(scope, receive, send)
+        except ClientDisconnect:
+            return
         except Exception as error:  # the app has answered with 500
             LOG.error("a search failed (%s)", type(error).__name__, exc_info=error)
             return
@@ -86,9 +91,6 @@ class Gate:
             else:  # what is still to come would be taken for the next request
                 message = f"The request was not complete within {self.timeout:g} seconds."
                 await refuse(send, 408, message, connection="close")
-
-    def _limited(self, scope, receive) -> "LimitedBody":
-        return LimitedBody(receive, dict(scope["headers"]).get(b"content-length"), self.max_bytes)
 
 
 class LimitedBody:

@@ -76,6 +76,8 @@ class MilvusTable:
         if set(options) - known:
             raise ValueError(f"{self.address}: unknown {sorted(set(options) - known)} in it. Known: {sorted(known)}.")
         settings: dict[str, Any] = {"timeout": float(options.get("timeout", 10))}
+        # the client pings an idle connection every ten seconds, for which Milvus Lite's server ends it now and then
+        settings["grpc_options"] = {"grpc.keepalive_permit_without_calls": False}
         parts = urlsplit(self.address.url)
         login, _, host = parts.netloc.rpartition("@")
         if host in ("", "."):  # a file of Milvus Lite
@@ -107,8 +109,12 @@ class MilvusTable:
 
     # ---------------------------------------------------------------- what is there
 
+    def look(self) -> None:
+        """See `Table`; all stays None where there is no collection."""
+        with self._clear():
+            self._look()
+
     def _look(self) -> None:
-        """Read what the collection is made of; all stays None where there is none."""
         address = self.address
         self.width = self.key = self.vector = self.description = None
         self.columns: dict[str, str] = {}

@@ -45,7 +45,7 @@ class PostgresTable:
         self.address = address
         self.name = sql.Identifier(*address.table.split("."))
         self._connection: psycopg.Connection | None = None
-        self._look()
+        self.look()
 
     # ---------------------------------------------------------------- connection
 
@@ -84,8 +84,8 @@ class PostgresTable:
 
     # ---------------------------------------------------------------- what is there
 
-    def _look(self) -> None:
-        """Read what the table is made of; all stays None where there is no table."""
+    def look(self) -> None:
+        """See `Table`; all stays None where there is no table."""
         address = self.address
         self.width = self.key = self.vector = self.description = None
         self.columns: dict[str, str] = {}
@@ -203,7 +203,7 @@ class PostgresTable:
                 add = sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS {} real")
                 connection.execute(add.format(self.name, sql.Identifier(hubness_column(direction))))
             self._comment(connection, description)
-        self._look()
+        self.look()
 
     def describe(self, description: dict[str, Any]) -> None:
         """See `Table`."""
@@ -269,7 +269,7 @@ class PostgresTable:
                     sql.SQL("CREATE INDEX ON {} USING hnsw ({} {})").format(self.name, self._searched(), kind)
                 )
                 connection.execute(sql.SQL("ANALYZE {}").format(self.name))
-            self._look()
+            self.look()
 
     # ---------------------------------------------------------------- reading
 

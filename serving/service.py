@@ -186,6 +186,8 @@ class Service:
         """A checked question and prepared uploads -> a query."""
         latents = question.latent or {}
         for modality, numbers in latents.items():
+            if modality in sources:
+                raise ValueError(f"'{modality}' is given twice, as an upload and as a latent.")
             sources[modality] = self.engine.latent(modality, numbers)
         if question.protocol is not None:
             self._check_protocol(latents, question.protocol)

@@ -254,8 +254,13 @@ def test_what_changed_in_the_store_is_carried_over(url, store, model, monkeypatc
     }
     index = open_index(model, None, "text->image", url, short_list=ROWS)
     assert_same(index.search(queries(2), 5), LatentIndex(model, store, "text->image", "exact").search(queries(2), 5))
-    again = ingest.ingest(store, url, scored(seed=1), progress=False)  # another model: its own scalars, everywhere
+    other = scored(seed=1)
+    again = ingest.ingest(store, url, other, progress=False)  # another model: its own scalars, everywhere
     assert again["written"] == ROWS - 4
+    monkeypatch.setattr(databases, "AS_OF", -1.0)  # as a minute later: the open index notices whose scalars they are
+    assert_same(index.search(queries(2), 5), LatentIndex(model, store, "text->image", "exact").search(queries(2), 5))
+    assert index.backend.hubness is None
+    assert open_index(other, None, "text->image", url).backend.hubness is not None
 
 
 def foreign(url: str, latents: np.ndarray) -> str:

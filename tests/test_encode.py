@@ -12,6 +12,7 @@ from datasets import Dataset
 from PIL import Image as Pictures
 
 from modeling_altmoe import LatentStore
+from modeling_altmoe.encoding_altmoe import encode_latents
 from modeling_altmoe.processing_altmoe import ItemError
 from trainer.cli import main as altmoe
 from trainer.encode import EncodeArguments, encode
@@ -119,6 +120,20 @@ def test_batches_hold_texts_of_like_length_and_every_item_once():
     assert padding < 103 * 4
     in_order = [item.position for batch in cut(iter(blocks), 8, by_length=False) for item in batch]
     assert in_order == list(range(103))
+
+
+def test_an_item_whose_latent_overflows_is_skipped_and_named(encoder_folders, tmp_path, monkeypatch):
+    original = encode_latents
+
+    def overflowing(*arguments):
+        latents = original(*arguments)
+        latents[0, 0] = 1e6
+        return latents
+
+    monkeypatch.setattr("trainer.encode.encode_latents", overflowing)
+    data = write_texts(tmp_path / "t.jsonl", ["a cat", "a red dog tree"])
+    result, store = run(encoder_folders, "text", tmp_path / "s", data=data, dtype="float16")
+    assert result["skipped"] == [(0, "its latent holds NaN or infinity (as float16)")] and store.ids == ["1"]
 
 
 # ---------------------------------------------------------------- ids

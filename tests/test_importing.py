@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
 from modeling_altmoe.encoding_altmoe import LatentProtocol, encode_latents
 from trainer.cli import main as altmoe
+from trainer.encode import EncodeArguments, encode
 from trainer.vectors import KINDS, VectorSource, open_source, source
 
 ROOT = Path(__file__).parent.parent
@@ -202,6 +203,18 @@ def test_the_verified_sample_agrees_or_names_what_would(matrix, run, tmp_path, c
     assert not (tmp_path / "mixed").exists() and not (tmp_path / "cls").exists()
     run(path, *named, "--like", tmp_path / "store", out="like", encoder=False)
     assert "verified" in capsys.readouterr().out
+
+
+def test_several_layers_side_by_side_are_verified_as_well(run, tmp_path, encoder_folders):
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    layers = {"layers": [-1, -2], "combine": "concat"}
+    arguments = {"data": str(tmp_path / "t.jsonl"), "encoder": encoder_folders["text"], "modality": "text", **layers}
+    encode(EncodeArguments(**arguments, out=str(tmp_path / "encoded")))
+    encoded = LatentStore.open(tmp_path / "encoded")
+    np.save(tmp_path / "wide.npy", encoded.take(encoded.rows_of([str(i) for i in range(len(TEXTS))])).numpy())
+    words = ("--layers", -1, -2, "--combine", "concat", "--metadata", tmp_path / "t.jsonl", "--verify", "text")
+    store = run(tmp_path / "wide.npy", *words)
+    assert store.latent_size == 48 and store.protocol == encoded.protocol
 
 
 def test_what_cannot_be_right_is_named_before_anything_is_written(matrix, run, tmp_path, capsys):

@@ -110,7 +110,7 @@ def test_an_approximate_index_at_high_effort_finds_what_the_exact_one_finds(mode
     assert agreement(ids(index.search(queries, 10)), truth(model, store, queries, 10)) > 0.99
 
 
-def test_recall_that_is_asked_for_is_measured_with_training_queries(model, store):
+def test_recall_that_is_asked_for_is_measured_with_queries_like_new_ones(model, store):
     low = build(model, store, DIRECTION, "IVF32,RaBitQ", recall=0.5)
     high = build(model, store, DIRECTION, "IVF32,RaBitQ", recall=0.99)
     assert low.effort["nprobe"] < high.effort["nprobe"] and high.effort["recall"] >= 0.99
@@ -152,6 +152,13 @@ def test_a_batch_finds_what_each_query_finds_alone(model, store, latents):
         assert ids([alone]) == ids([together[place]])
         assert alone.confidence == pytest.approx(together[place].confidence, abs=1e-6)
     assert together[0][0].columns["year"] == 2000 + together[0][0].row % 40
+
+
+@pytest.mark.parametrize("factory", ["IVF2,Flat", "HNSW8", "SQ8"])
+def test_an_approximate_index_of_a_handful(model, latents, tmp_path, factory):
+    store = write(tmp_path, model, latents, 0, 5)
+    hits = LatentIndex(model, store, DIRECTION, factory).search(latents["text"][:3], 10)
+    assert ids(hits) == truth(model, store, latents["text"][:3], 10)
 
 
 def test_more_results_than_items_are_all_items(model, store, latents):

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_altmoe import AltMoEModel, AltMoEProcessor
+from trainer import fitting
 from trainer.arguments import AltMoEArguments
-from trainer.fitting import fit_bases, fit_frames
-from trainer.measuring import evaluate_pairs, fit_scoring, fit_trust
+from trainer.baselines import KernelRidge
+from trainer.fitting import choose_on_validation, fit_bases, fit_frames
+from trainer.measuring import evaluate_pairs, fit_scoring, fit_trust, partnered_latents, retrieval_data
 from trainer.pairs import LatentPairs
 from trainer.state import load_tree, save_tree
 from trainer.trainer import AltMoETrainer, last_complete_checkpoint
@@ -214,6 +216,27 @@ def test_training_on_a_base_starts_at_the_base_and_keeps_it(tmp_path, parts, kin
             alone = model.score(direction, latents[source][2:3], latents[target])
             torch.testing.assert_close(scores[2:3], alone)  # no query sees another
     assert again.config.scoring["image->text"]["scale"] > 0
+
+
+def test_with_few_pairs_the_base_alone_is_the_kernel_ridge_that_validation_chose(parts, monkeypatch):
+    """With the experts off and no metric our scores are the competitor's, so the default starts level with it."""
+    pair, options = ("image", "text"), (2048, 0)
+    monkeypatch.setattr(KernelRidge, "gammas", (1.0, 4.0))
+    monkeypatch.setattr(KernelRidge, "lambdas", (0.03, 0.3))
+    chosen = choose_on_validation(parts["train"], parts["validation"], *options)
+    model = small_model(base="kernel", target_metric=False)
+    fit_frames(model, parts["train"])
+    fit_bases(model, parts["train"], *options, progress=False, chosen=chosen)
+    model.connector.trust.fill_(0.0)
+    train, validation = partnered_latents(parts["train"], pair), retrieval_data(parts["validation"], pair)
+    other = KernelRidge().fit(train, validation, torch.arange(len(train["image"])))
+    assert other.config == chosen and set(chosen) == set(DIRECTIONS)
+    for direction in DIRECTIONS:
+        latents = {m: parts["test"].latents[m] for m in pair}
+        mine, theirs = model.queries(direction, latents), other.queries(direction, latents)
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(fitting, "FEW", 5)
+    assert choose_on_validation(parts["train"], parts["validation"], *options) == {}
 
 
 def test_out_of_sample_predictions_are_used_in_training_only(tmp_path, parts):

@@ -240,11 +240,16 @@ def encode(arguments: EncodeArguments) -> dict:
                 tensors = {k: v.to(device) for k, v in tensors.items()}
                 with torch.inference_mode():
                     latents = encode_latents(encoder, tensors, protocol)
-                about = {name: [item.columns[name] for item in items] for name in data.columns}
-                store.append([item.id for item in items], latents, **about)
-                written += len(items)
+                usable = torch.isfinite(latents.to(getattr(torch, arguments.dtype))).all(1).cpu()
+                for place in (~usable).nonzero().flatten().tolist():
+                    reason = f"its latent holds NaN or infinity (as {arguments.dtype})"
+                    skip(items[place].position, items[place].id, reason)
+                good = [item for item, fine in zip(items, usable.tolist(), strict=True) if fine]
+                about = {name: [item.columns[name] for item in good] for name in data.columns}
+                store.append([item.id for item in good], latents[usable], **about)
+                written += len(good)
             todo.on_their_way.difference_update(item.id for item in (*items, *(item for item, _ in bad)))
-            if total is not None and todo.present + len(todo.repeated) > passed:  # what is there already is no speed
+            if total is not None and todo.present > passed:  # what was there already must not count as speed
                 bar.total, passed = max(0, total - todo.present), todo.present
             bar.update(len(items) + len(bad))
         while todo.repeated:
@@ -273,7 +278,9 @@ def main(arguments: EncodeArguments) -> None:
 
         return check(arguments)
     result = encode(arguments)
-    if not PartialState().is_main_process:
+    ranks = PartialState()
+    ranks.destroy_process_group()
+    if not ranks.is_main_process:
         return
     print(
         f"{arguments.out}: {result['rows']} latents ({result['written']} new, {result['present']} already there, "

@@ -11,11 +11,14 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from modeling_altmoe.scoring_altmoe import reverse_direction
+from trainer.baselines import KernelRidge
 from trainer.closed_form import fit_closed_form
+from trainer.measuring import modality_pairs, retrieval_data
 from trainer.pairs import LatentPairs
 from trainer.target_metric import fit_target_metrics
 
 METRIC_FOLDS = 5
+FEW = 1000  # training pairs up to which validation chooses the kernel base, see `choose_on_validation`
 
 
 def fit_frames(model, pairs: LatentPairs) -> None:
@@ -32,6 +35,7 @@ def fit_bases(
     seed: int = 0,
     progress: bool = True,
     held_out: dict | None = None,
+    chosen: dict | None = None,
 ) -> dict:
     """Fit a closed form (and, with `config.target_metric`, a metric of its targets) for every direction, in place.
 
@@ -43,6 +47,7 @@ def fit_bases(
         progress: show a bar.
         held_out: filled with `{direction: ((rows, d_target), (rows,))}`: predictions made without a row's whole fold,
             and the folds. Rows are those of `pairs.rows[direction]`.
+        chosen: `{direction: {"gamma", "lam"}}`; directions that are not in it choose on their training rows.
 
     Returns:
         `{direction: (rows of the first source, d_target)}` leave-group-out predictions, zero for unpaired rows.
@@ -51,12 +56,16 @@ def fit_bases(
     if len(pairs) < 3000:
         torch.set_num_threads(1)  # small decompositions gain nothing from threads and suffer when cores are shared
     try:
-        return _fit_bases(model, pairs, max_landmarks, seed, progress, {} if held_out is None else held_out)
+        return _fit_bases(
+            model, pairs, max_landmarks, seed, progress, {} if held_out is None else held_out, chosen or {}
+        )
     finally:
         torch.set_num_threads(threads)
 
 
-def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool, held_out: dict) -> dict:
+def _fit_bases(
+    model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool, held_out: dict, chosen: dict
+) -> dict:
     out_of_sample = {}
     connector, device = model.connector, model.device
     items = torch.from_numpy(pairs.items_of_keys())
@@ -74,6 +83,8 @@ def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progres
         # several captions of an image: their mean is what least squares would find for them one by one
         targets = torch.stack([F.normalize(every_target[torch.from_numpy(p)].mean(0), dim=-1) for p in partners])
         groups = torch.from_numpy(pairs.group_of_key[batch["keys"]])
+        choice = chosen.get(direction)
+        fixed = {"gammas": [choice["gamma"]], "lambdas": [choice["lam"]]} if choice else {}
         fit = fit_closed_form(
             source.cpu(),
             targets.cpu(),
@@ -83,6 +94,7 @@ def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progres
             seed=seed,
             items=items[batch["keys"]],
             folds=folds[groups],
+            **fixed,
         )
         connector.set_base(direction, fit.weight, fit.bias, fit.landmarks, fit.gamma)
         first = pairs.latents[sources[0]]
@@ -93,6 +105,26 @@ def _fit_bases(model, pairs: LatentPairs, max_landmarks: int, seed: int, progres
     if model.config.target_metric:
         _fit_metrics(model, pairs, out_of_fold, items, folds, seed)
     return out_of_sample
+
+
+def choose_on_validation(pairs: LatentPairs, validation: LatentPairs, max_landmarks: int = 2048, seed: int = 0) -> dict:
+    """The kernel's sharpness and penalty as `trainer.baselines.KernelRidge` chooses them, for `fit_bases`.
+
+    Leave-group-out on training rows judges one direction at a time and knows nothing of the score's other parts. With few
+    pairs that costs more than a small validation part errs (measured on stamps), so there the whole score decides: both
+    directions and hubness, by validation mean recall. Above `FEW` pairs, and for directions without their reverse,
+    training rows decide.
+    """
+    chosen = {}
+    for pair in modality_pairs(pairs.directions)[0]:
+        direction = "->".join(pair)
+        if reverse_direction(direction) not in pairs.directions or len(pairs.rows[direction]) > FEW:
+            continue
+        batch = pairs.batch(direction, range(len(pairs.rows[direction])))
+        groups = torch.from_numpy(pairs.group_of_key[batch["keys"]])
+        method = KernelRidge(max_landmarks=max_landmarks)
+        chosen |= method.fit(batch["latents"], retrieval_data(validation, pair), groups, seed=seed).config
+    return chosen
 
 
 def _fit_metrics(model, pairs: LatentPairs, out_of_fold: dict, items, folds, seed: int) -> None:

@@ -15,7 +15,7 @@ from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor, LatentSt
 from modeling_altmoe.configuration_altmoe import parse_direction
 from trainer.arguments import OWN_FIELDS, AltMoEArguments, parse_arguments
 from trainer.encode import load_processor
-from trainer.fitting import fit_bases, fit_frames
+from trainer.fitting import choose_on_validation, fit_bases, fit_frames
 from trainer.measuring import evaluate_pairs, fit_scoring, fit_trust
 from trainer.pairs import LatentPairs
 from trainer.trainer import AltMoETrainer, last_complete_checkpoint
@@ -124,9 +124,11 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
     fit_frames(model, parts["train"])
     out_of_sample, held_out = None, {}
     if model.config.base != "none":
-        out_of_sample = fit_bases(
-            model, parts["train"], arguments.max_landmarks, arguments.seed, arguments.process_index == 0, held_out
-        )
+        options = arguments.max_landmarks, arguments.seed
+        chosen = {}
+        if model.config.base == "kernel" and "validation" in parts:
+            chosen = choose_on_validation(parts["train"], parts["validation"], *options)
+        out_of_sample = fit_bases(model, parts["train"], *options, arguments.process_index == 0, held_out, chosen)
 
     trainer = AltMoETrainer(
         model,

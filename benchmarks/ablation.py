@@ -52,6 +52,7 @@ PARTS = {
     "joint, equal steps (T times the updates)": (CONNECTOR, JOINT),
     "joint, equal updates (steps / T)": (CONNECTOR, EQUAL_UPDATES),
     "joint, equal updates, learning rate x root of T": (CONNECTOR, LARGER_STEPS),
+    "alternating, learning rate x root of T": (CONNECTOR, {"rate": "root"}),
     "blocks of 10 steps": (CONNECTOR, {"schedule": "blocks"}),
     "one gate for both terms": (CONNECTOR, {"num_gates": 1}),
     "one pool a modality": (CONNECTOR, {"expert_pool": "per_modality"}),
@@ -180,6 +181,11 @@ def _reached(values: list[float], digits: int = 0) -> str:
     return f"{np.mean(reached):.{digits}f}" if len(reached) == len(values) else f"{len(reached)} of {len(values)} runs"
 
 
+def _text(values: list[float], digits: int = 1, sign: str = "") -> str:
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""  # one split has none
+    return f"{np.mean(values):{sign}.{digits}f}{error}"
+
+
 def table(rows: list[dict]) -> str:
     """Markdown; a difference within two standard errors is not marked."""
     lines = [
@@ -189,11 +195,15 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         mean, error = np.mean(row["difference"]), standard_error(row["difference"])
         sign = "**" if row["reference"] and abs(mean) > 2 * error > 0 else ""
-        against = f"{sign}{mean:+.1f} ± {error:.1f}{sign} ({row['reference']})" if row["reference"] else "reference"
+        against = (
+            f"{sign}{_text(row['difference'], sign='+')}{sign} ({row['reference']})"
+            if row["reference"]
+            else "reference"
+        )
         lines.append(
-            f"| {row['part']} | {np.mean(row['recall']):.1f} ± {standard_error(row['recall']):.1f} | {against} "
+            f"| {row['part']} | {_text(row['recall'])} | {against} "
             f"| {_reached(row['updates'])} | {_reached(row['samples'])} | {_reached(row['until'], 1)} "
-            f"| {np.mean(row['cosine']):+.2f} ± {standard_error(row['cosine']):.2f} |"
+            f"| {_text(row['cosine'], 2, '+')} |"
         )
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ score is the whole score. Filters look exactly where few rows meet them, and ins
 
 import logging
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,7 @@ class LocalBackend:
         self.alive = None if alive is None or alive.all() else alive
         self._positions = None if self.alive is None else np.flatnonzero(self.alive)
         self._selected: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
+        self._lock = threading.Lock()  # a service searches from several threads
 
     def __len__(self) -> int:
         return self.index.ntotal if self._positions is None else len(self._positions)
@@ -131,7 +133,9 @@ class LocalBackend:
         if where is None and self.alive is None:
             return None, None
         key = repr(where)
-        if key not in self._selected:
+        with self._lock:
+            entry = self._selected.get(key)
+        if entry is None:
             if where is None:
                 matching, mask = None, self.alive
             else:
@@ -139,10 +143,12 @@ class LocalBackend:
                 matching = matching if self._positions is None else self._positions[matching]
                 mask = np.zeros(self.index.ntotal, dtype=bool)
                 mask[matching] = True
-            while len(self._selected) >= 8:  # the same conditions come again and again
-                self._selected.pop(next(iter(self._selected)))
-            self._selected[key] = matching, np.packbits(mask, bitorder="little")
-        matching, bits = self._selected[key]
+            entry = matching, np.packbits(mask, bitorder="little")
+            with self._lock:
+                while len(self._selected) >= 8:  # the same conditions come again and again
+                    self._selected.pop(next(iter(self._selected)))
+                self._selected[key] = entry
+        matching, bits = entry
         selector = faiss.IDSelectorBitmap(bits)
         selector.bits = bits  # it points there
         return matching, selector
@@ -292,17 +298,20 @@ class LocalBackend:
         truth = best.positions.numpy()
         coarse = np.ascontiguousarray(best.queries.numpy()[:, :-1])
         scanned = self.index.ntotal / highest if knob == "nprobe" else 32  # codes a unit of effort
-        tried = []
-        efforts = [2**power for power in range(int(math.log2(highest)) + 1)] if knob else [0]
+        tried, enough = [], math.inf
+        efforts = {"nprobe": range(highest.bit_length()), "efSearch": range(4, 13), None: range(1)}[knob]
+        efforts = [2**power for power in efforts]
         longest = min(SHORT_LISTS[-1], self.index.ntotal)
-        for effort in efforts if knob != "efSearch" else [e for e in efforts if e >= 16]:
+        for effort in efforts:
+            if effort * scanned >= enough:
+                break
             parameters = _parameters(self.index, effort, None) if knob else None
             found = self.index.search(coarse, longest, params=parameters)[1]
             for short in SHORT_LISTS:
                 hits = (truth[:, :, None] == found[:, None, :short]).any(2).mean()
-                tried.append((bool(hits < recall), effort * scanned + short * RANKED_ROW, effort, short, float(hits)))
-            if tried[-1][-1] == 1.0:
-                break
+                work = effort * scanned + short * RANKED_ROW
+                tried.append((bool(hits < recall), work, effort, short, float(hits)))
+                enough = enough if hits < recall else min(enough, work)
         reached = [one for one in tried if not one[0]]
         _, _, effort, short, hits = min(reached) if reached else max(tried, key=lambda one: (one[-1], -one[1]))
         self.effort = {**({knob: effort} if knob else {}), "short_list": short, "recall": round(hits, 4)}

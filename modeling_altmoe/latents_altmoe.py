@@ -332,12 +332,14 @@ class LatentStore(StoreWriter):
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Row numbers of some ids, `(len(ids),)` int64; -1 for an id that is not there."""
-        ids = list(map(str, ids))
-        hashes, result = hash_ids(ids), np.full(len(ids), -1, dtype=np.int64)
+        names = list(map(str, ids))
+        hashes = hash_ids(names)
+        order = np.argsort(hashes)  # sorted needles are found several times faster in sorted shards
+        names, hashes, result = [names[i] for i in order], hashes[order], np.full(len(names), -1, dtype=np.int64)
         for shard, end in zip(self._shards, self._ends if self._shards else (), strict=True):
-            places = shard.find(ids, hashes)
+            places = shard.find(names, hashes)
             here = places >= 0
-            result[here] = shard.rows(places[here]) + end - len(shard)
+            result[order[here]] = shard.rows(places[here]) + end - len(shard)
         return result
 
     def has(self, ids: list[str]) -> np.ndarray:

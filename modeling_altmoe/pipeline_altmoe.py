@@ -78,7 +78,7 @@ class Candidates:
 
 
 class StoredCandidates:
-    """A LatentStore as candidates: one exact index a direction, built when it is first asked for.
+    """A LatentStore as candidates: an index a direction, the one kept beside it or one made when it is first asked for.
 
     Args:
         model: an [`AltMoEModel`].
@@ -86,7 +86,7 @@ class StoredCandidates:
 
     Raises:
         ImportError: faiss is not installed.
-        ValueError: the store is of another modality or protocol, or empty.
+        ValueError: the store is of another modality or protocol, or empty; a kept index does not fit.
     """
 
     def __init__(self, model, store):

@@ -239,7 +239,8 @@ def resume_from_the_hubs_files(files: dict[str, bytes], folder: Path) -> None:
     trainer.train(resume_from_checkpoint=str(folder))
     steps = [entry["step"] for entry in trainer.state.log_history if "train_runtime" not in entry]
     assert trainer.state.global_step == 6 and steps == sorted(steps) and trainer.optimizer.state_dict()["state"]
-    assert {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()} == {6}
+    updates = {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()}
+    assert updates == {3, 6}  # of one direction's parts and of shared ones: the four steps before count
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])

@@ -154,6 +154,13 @@ def test_a_batch_finds_what_each_query_finds_alone(model, store, latents):
     assert together[0][0].columns["year"] == 2000 + together[0][0].row % 40
 
 
+@pytest.mark.parametrize("factory", ["IVF2,Flat", "HNSW8", "SQ8"])
+def test_an_approximate_index_of_a_handful(model, latents, tmp_path, factory):
+    store = write(tmp_path, model, latents, 0, 5)
+    hits = LatentIndex(model, store, DIRECTION, factory).search(latents["text"][:3], 10)
+    assert ids(hits) == truth(model, store, latents["text"][:3], 10)
+
+
 def test_more_results_than_items_are_all_items(model, store, latents):
     for factory in ("exact", "IVF8,RaBitQ"):
         hits = LatentIndex(model, store, DIRECTION, factory).search(latents["text"][:2], 5000)

@@ -1,7 +1,7 @@
 """`altmoe encode --check`: what is wrong with a LatentStore, if anything, and does it hold what the data set holds.
 
 Comes in: a store, and perhaps the data it was made from. Goes out: a small report, and a list of faults. All vectors are
-read once, a few at a time; 8 bytes a row stay in memory.
+read once, a few at a time; 16 bytes a row stay in memory.
 """
 
 from dataclasses import dataclass, field

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 PRINT_SIZE = 32  # numbers that tell a training item
 KNOWN = 0.999  # similarity of prints from which it is the same item; of rounded latents (float16, other devices) it is higher
 

@@ -21,6 +21,7 @@ from trainer.fitting import choose_on_validation, fit_bases, fit_frames
 from trainer.measuring import evaluate_pairs, fit_scoring, fit_trust, partnered_latents, retrieval_data
 from trainer.pairs import LatentPairs
 from trainer.state import load_tree, save_tree
+from trainer.train import leave_process_group
 from trainer.trainer import AltMoETrainer, last_complete_checkpoint
 
 DIRECTIONS = ["image->text", "text->image"]
@@ -277,8 +278,8 @@ def _rank(rank, world, folder):
         load_best_model_at_end=False,
     )
     trainer.train()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads must end before the interpreter does
+    del trainer
+    leave_process_group()
 
 
 def test_two_ranks_equal_one(tmp_path):

@@ -4,10 +4,12 @@ Comes in: a recipe. Goes out: a folder with the best model, its processor, the r
 metrics. The test split is not touched here; `altmoe evaluate` does that.
 """
 
+import gc
 import shutil
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import AutoModel, set_seed
 
@@ -158,11 +160,23 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
     return model, parts, metrics
 
 
+def leave_process_group() -> None:
+    """End this rank's part in a training on several processes; call it when no Trainer is needed any more.
+
+    DDP's reducer must be gone before: as the last holder of the group it frees it under Python's lock, and waits for a
+    thread that waits for that lock.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line: errors for users are one sentence, not a traceback."""
     try:
         parsed = parse_arguments(arguments)
-        _, _, metrics = train(parsed)
+        metrics = train(parsed)[2]
+        leave_process_group()
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -176,6 +176,16 @@ def test_a_picture_and_a_sound_find_what_the_library_finds(client, engine):
     assert joined.json()["direction"] == "image+audio->text" and len(found(joined)) == 10
 
 
+def test_a_sound_on_the_command_line_finds_what_the_service_finds(client, flags, tmp_path, capsys):
+    (tmp_path / "query.wav").write_bytes(wav(0.5))
+    store = flags[2].removeprefix("--store=image=")
+    main(["search", store, "--model", flags[1], "--audio", str(tmp_path / "query.wav"), "-k", "3", "--json"])
+    (answer,) = json.loads(capsys.readouterr().out)
+    served = client.post("/search", files={"audio": wav(0.5)}, data={"target": "image", "k": 3})
+    assert answer["direction"] == "audio->image" and len(answer["hits"]) == 3
+    assert same([(hit["id"], hit["score"]) for hit in answer["hits"]], found(served))
+
+
 def test_a_latent_finds_what_its_item_finds(client, engine):
     with torch.inference_mode():
         latent = engine.model.encode("text", engine.processor.batch("text", ["a cat"]))[0].tolist()

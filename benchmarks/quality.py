@@ -80,15 +80,21 @@ def open_split(stores: dict[str, str], seed: int, concepts: int) -> dict[str, La
     return parts
 
 
-def run_ours(job: Job, stores: dict[str, str]) -> dict:
-    """Train one recipe and measure it: `{pair of modalities: figures}`."""
-    folder = f"build/runs/quality-{job.data}-{job.method}-{job.concepts or 'all'}-{job.seed}"
+def train_ours(job: Job, stores: dict[str, str], benchmark: str = "quality") -> str:
+    """Train one recipe; returns its folder."""
+    folder = f"build/runs/{benchmark}-{job.data}-{job.method}-{job.concepts or 'all'}-{job.seed}"
     flags = {"stores": json.dumps(stores), "output_dir": folder, "split_seed": job.seed, "seed": job.seed}
     flags |= {"test_fraction": TEST, "validation_fraction": VALIDATION, "train_concepts": job.concepts}
     flags |= {"overwrite": "true", "disable_tqdm": "true"}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    wall, own = time.time(), time.process_time()
     train(parse_arguments([*OURS[job.method], *words, "--directions", *directions_of(stores), *FLAGS]))
+    return folder
+
+
+def run_ours(job: Job, stores: dict[str, str]) -> dict:
+    """Train one recipe and measure it: `{pair of modalities: figures}`."""
+    wall, own = time.time(), time.process_time()
+    folder = train_ours(job, stores)
     cost = {"seconds": time.time() - wall, "cpu_seconds": time.process_time() - own}
     result = evaluate(EvaluateArguments(model=folder, baselines=["none"]))
     found = {}

@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_altmoe import AltMoEConfig
+from .scoring_altmoe import PRINT_SIZE
 
 CONTRASTIVE, REGRESSION = 0, 1
 
@@ -108,12 +109,14 @@ class ClosedFormBase(nn.Module):
 
 
 class ScoreBank(nn.Module):
-    """What the hubness correction of one direction needs: vectors of training items, never of queries."""
+    """What the corrections of one direction's scores need: vectors and prints of training items, never of queries."""
 
-    def __init__(self, queries: int, gallery: int, size: int):
+    def __init__(self, queries: int, gallery: int, size: int, known: int = 0):
         super().__init__()
         self.register_buffer("queries", torch.zeros(queries, size))
         self.register_buffer("gallery", torch.zeros(gallery, size))
+        # not kept where there are none, as in checkpoints of earlier versions
+        self.register_buffer("known", torch.zeros(known, PRINT_SIZE, dtype=torch.float16), persistent=known > 0)
 
 
 @use_experts_implementation

@@ -44,7 +44,8 @@ def model_fingerprint(model, direction: str) -> dict[str, str]:
     post = model.postprocessing(direction)
     settings = {name: value for name, value in post.as_dict().items() if name != "validation_mean_recall"}
     scoring.update(json.dumps(settings, sort_keys=True).encode())
-    for name, bank in sorted([*post.query_bank.items(), *post.gallery_bank.items()], key=lambda item: item[0]):
+    banks = [*post.query_bank.items(), *post.gallery_bank.items(), *post.known.items()]
+    for name, bank in sorted(banks, key=lambda item: item[0]):
         scoring.update(name.encode() + bank.detach().cpu().float().contiguous().numpy().tobytes())
     return {"connector": connector.hexdigest(), "scoring": scoring.hexdigest()}
 

@@ -95,7 +95,7 @@ class AltMoEModel(AltMoEPreTrainedModel):
         self.score_banks = nn.ModuleDict()
         for direction, settings in config.scoring.items():
             size = config.latent_size(config.resolve(direction)[1])
-            self.score_banks[direction] = ScoreBank(*settings["bank"], size)
+            self.score_banks[direction] = ScoreBank(*settings["bank"], size, settings.get("known", 0))
         self.encoders = nn.ModuleDict()
         self.post_init()
 
@@ -260,9 +260,12 @@ class AltMoEModel(AltMoEPreTrainedModel):
         size = self.config.latent_size(self.config.resolve(direction)[1])
         nothing = torch.zeros(0, size)
         queries, gallery = post.query_bank.get(direction, nothing), post.gallery_bank.get(direction, nothing)
-        bank = ScoreBank(len(queries), len(gallery), size).to(self.device)
+        known = post.known.get(direction, ())
+        bank = ScoreBank(len(queries), len(gallery), size, len(known)).to(self.device)
         bank.queries.copy_(queries)
         bank.gallery.copy_(gallery)
+        if len(known):
+            bank.known.copy_(known)
         self.score_banks[direction] = bank
         self.config.scoring[direction] = {
             "scale": post.scales[direction],
@@ -270,6 +273,8 @@ class AltMoEModel(AltMoEPreTrainedModel):
             "beta": post.beta,
             "top_k": post.top_k,
             "bank": [len(queries), len(gallery)],
+            "familiarity": post.familiarity,
+            "known": len(known),
         }
 
     def postprocessing(self, direction: str) -> Postprocessing:
@@ -286,6 +291,8 @@ class AltMoEModel(AltMoEPreTrainedModel):
             top_k=settings["top_k"],
             query_bank={name: self.score_banks[name].queries for name in names},
             gallery_bank={name: self.score_banks[name].gallery for name in names},
+            familiarity=settings.get("familiarity", 0.0),  # checkpoints of earlier versions have none
+            known={name: self.score_banks[name].known for name in names},
         )
 
     def calibration(self, direction: str) -> Calibration | None:
@@ -298,7 +305,7 @@ class AltMoEModel(AltMoEPreTrainedModel):
     def score(
         self, direction: str, queries: dict[str, torch.Tensor] | torch.Tensor, gallery: torch.Tensor
     ) -> torch.Tensor:
-        """Scores `(queries, items)` as search and evaluation use them: both directions, corrected for hubness.
+        """Scores `(queries, items)` as search and evaluation use them: both directions, corrected for hubness and familiarity.
 
         Args:
             direction: e.g. `"image->text"`.

@@ -12,13 +12,21 @@ r(j): mean of the k highest similarities of item j to the *training* items of th
 Conneau et al. 2018, "Word translation without parallel data", eq. 2-3, with a fixed bank as in Nearest Neighbor
 Normalization, Chowdhury et al. 2024), so one stored scalar per gallery item and direction. w = 0 is the plain
 one-direction score; w = 1 lets both directions vote. The term of the query in CSLS is constant per query and left out.
+
+Items that the retriever was trained on are given `familiarity` less. What it predicts of them is their training partner
+itself, so where new items stand beside them, theirs would be the highest scores of nearly every query.
 """
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+PRINT_SIZE = 32  # numbers that tell a training item
+KNOWN = 0.999  # similarity of prints from which it is the same item; of rounded latents (float16, other devices) it is higher
 
 
 class Retriever(Protocol):
@@ -44,6 +52,8 @@ class Postprocessing:
         top_k: k of the hubness term.
         query_bank: `{direction: (B, d)}` query vectors of training items.
         gallery_bank: `{direction: (B, d)}` gallery vectors of training items.
+        familiarity: what the score of a training item is lowered by; 0 is none.
+        known: `{direction: (n, PRINT_SIZE)}` prints of all training items, see `prints`.
         validation_mean_recall: what the chosen settings reached on validation.
     """
 
@@ -53,11 +63,13 @@ class Postprocessing:
     top_k: int = 10
     query_bank: dict[str, Tensor] = field(default_factory=dict)
     gallery_bank: dict[str, Tensor] = field(default_factory=dict)
+    familiarity: float = 0.0
+    known: dict[str, Tensor] = field(default_factory=dict)
     validation_mean_recall: float | None = None
 
     def as_dict(self) -> dict:
         """The chosen settings without the banks, for logs and cards."""
-        names = ("scales", "reverse_weight", "beta", "top_k", "validation_mean_recall")
+        names = ("scales", "reverse_weight", "beta", "top_k", "familiarity", "validation_mean_recall")
         return {name: getattr(self, name) for name in names}
 
 
@@ -73,6 +85,20 @@ def hubness(items: Tensor, bank: Tensor, top_k: int = 10) -> Tensor:
     """Mean of the `top_k` highest similarities of each item `(m, d)` to the bank `(B, d)`: `(m,)`."""
     count = min(top_k, len(bank))
     return torch.cat([(part @ bank.T).topk(count, dim=1).values.mean(dim=1) for part in items.split(1024)])
+
+
+def prints(items: Tensor) -> Tensor:
+    """Unit vectors `(n, d)` in a few numbers each, `(n, PRINT_SIZE)` of length one: equal items have equal prints."""
+    # numpy promises that this stream never changes, so prints may be kept
+    directions = np.random.RandomState(0).standard_normal((items.shape[1], PRINT_SIZE))
+    return F.normalize(items.float() @ torch.from_numpy(directions).to(items.device, torch.float32), dim=-1)
+
+
+def is_known(items: Tensor, known: Tensor) -> Tensor:
+    """Which of the gallery vectors `(n, d)` are among the training items whose prints are `known`: boolean `(n,)`."""
+    if not len(known):
+        return torch.zeros(len(items), dtype=torch.bool, device=items.device)
+    return hubness(prints(items), known.float(), top_k=1) > KNOWN
 
 
 def _reverse(retriever: Retriever, post: Postprocessing, direction: str) -> str | None:
@@ -114,7 +140,7 @@ def item_vectors(
     correction: Tensor | None = None,
     predicted: Tensor | None = None,
 ) -> Tensor:
-    """Gallery items, ready to be searched: see `query_vectors`. The last component is the hubness correction.
+    """Gallery items, ready to be searched: see `query_vectors`. The last component is the correction for hubness and familiarity.
 
     Args:
         gallery: target latents `(m, d_target)`.
@@ -140,8 +166,11 @@ def item_vectors(
         if measure:
             weight = post.reverse_weight / post.scales.get(reverse, 1.0)
             hubs -= weight * hubness(parts[1], post.gallery_bank[reverse], post.top_k)
-    correction = post.beta * hubs if correction is None else correction.to(hubs)
-    return torch.cat([*parts, correction[:, None]], dim=-1)
+    if correction is None:
+        correction = post.beta * hubs
+        if post.familiarity:
+            correction = correction - post.familiarity * is_known(parts[0], post.known[direction])
+    return torch.cat([*parts, correction.to(hubs)[:, None]], dim=-1)
 
 
 def score_matrix(

@@ -12,6 +12,7 @@ from modeling_altmoe.configuration_altmoe import parse_direction
 from modeling_altmoe.scoring_altmoe import hubness, reverse_direction, score_matrix
 from trainer.confidence import fit_calibration
 from trainer.evaluation import KS, RetrievalData, evaluate_retrieval, fit_postprocessing
+from trainer.familiarity import fit_familiarity
 from trainer.metrics.cross_modal_retrieval.cross_modal_retrieval import ranks, retrieval_metrics
 from trainer.pairs import LatentPairs
 
@@ -142,21 +143,23 @@ def fit_scoring(
     target_precision: float = 0.5,
     held_out: dict | None = None,
 ) -> None:
-    """Measure scales, hubness and confidence for every pair of modalities, and keep them in the model.
+    """Measure scales, hubness, familiarity and confidence for every pair of modalities, and keep them in the model.
 
     Args:
         train: training items fill the banks (at most `max_bank` a direction travel with the checkpoint).
         validation: sets the scales and the strength of the correction.
         target_precision: share of right answers that the confidence threshold is chosen for.
-        held_out: the closed form's out-of-fold predictions of `fit_bases`: then confidence is calibrated on all training
-            rows. Without them it is calibrated on validation, and the threshold is chosen with a standard error of
-            caution, because validation is small.
+        held_out: the closed form's out-of-fold predictions of `fit_bases`: then familiarity is chosen, and confidence is
+            calibrated on all training rows. Without them familiarity is 0, and confidence is calibrated on validation,
+            where the threshold is chosen with a standard error of caution, because validation is small.
     """
     for pair in modality_pairs(model.directions)[0]:
         data = retrieval_data(validation, pair, model.device)
         bank = partnered_latents(train, pair, model.device)
         post = fit_postprocessing(model, bank, data, max_bank=max_bank)
         served = [direction for direction in data.directions() if direction in model.directions]
+        if held_out and set(data.directions()) <= set(held_out):
+            fit_familiarity(model, post, train, data, held_out)
         for direction in served:
             model.set_scoring(direction, post)
         for direction in served:

@@ -375,12 +375,13 @@ class LatentStore(StoreWriter):
 
     # ---------------------------------------------------------------- share
 
-    def push_to_hub(self, repo_id: str, *, license: str | None = None, **kwargs) -> str:
+    def push_to_hub(self, repo_id: str, *, license: str | None = None, data: str | None = None, **kwargs) -> str:
         """Send the store with a card of its own to the Hub, as a data set; the commit's address.
 
         Args:
             repo_id: `name` or `owner/name`; made if it does not exist.
             license: of the latents, e.g. `"cc-by-4.0"`.
+            data: what was encoded, for the card: the name of a data set, or words.
             kwargs: `private`, `token`, `revision`, `commit_message`.
 
         Raises:
@@ -394,7 +395,7 @@ class LatentStore(StoreWriter):
                 f"'{self.path}' still holds deleted rows, which would be sent as well: call compact() first."
             )
         description = json.dumps(shareable(self.description), indent=2) + "\n"
-        replace = {DESCRIPTION: description.encode(), "README.md": store_card(self, repo_id, license).encode()}
+        replace = {DESCRIPTION: description.encode(), "README.md": store_card(self, repo_id, license, data).encode()}
         kwargs.setdefault("commit_message", f"{len(self)} latents")
         # shards of before a compaction go: whoever opens the data set with `datasets` would read their rows as well
         return push_folder(self.path, repo_id, "dataset", replace=replace, mirror="shard-*.arrow", **kwargs)

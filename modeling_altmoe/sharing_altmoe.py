@@ -176,6 +176,7 @@ trained towards this encoder searches them.
 | protocol | {protocol} |
 | fingerprint | `{fingerprint}` |
 | columns | {columns} |
+| data | {data} |
 
 ```python
 from modeling_altmoe import LatentStore
@@ -188,14 +189,14 @@ store.take([0])  # (1, {size}) float32
 """
 
 
-def store_card(store, repo_id: str, license: str | None = None) -> str:
-    """README.md of a store on the Hub: protocol, encoder, licence, count and how to open it."""
+def store_card(store, repo_id: str, license: str | None = None, data: str | None = None) -> str:
+    """README.md of a store on the Hub: protocol, encoder, licence, count, what it was made of and how to open it."""
     from huggingface_hub import DatasetCardData
 
     entry = store.encoder
     name = entry.get("name_or_path") or "a model in memory"
     encoder = name if on_hub(entry) else os.path.basename(name)
-    data = DatasetCardData(
+    head = DatasetCardData(
         license=license,
         tags=["altmoe", "embeddings", store.modality],
         size_categories=None,
@@ -203,7 +204,7 @@ def store_card(store, repo_id: str, license: str | None = None) -> str:
     )
     fields = {k: v for k, v in store.protocol.to_dict().items() if v not in ("", None)}
     return STORE_CARD.format(
-        metadata=data.to_yaml().strip(),
+        metadata=head.to_yaml().strip(),
         name=repo_id.split("/")[-1],
         repo=repo_id,
         count=len(store),
@@ -214,4 +215,5 @@ def store_card(store, repo_id: str, license: str | None = None) -> str:
         protocol=one_line(", ".join(f"{name} {value}" for name, value in fields.items())),
         fingerprint=store.fingerprint,
         columns=one_line(", ".join(["id", "latent", *store.columns])),
+        data=one_line((os.path.basename(data) if os.path.exists(data) else data) if data else "not said"),
     )

@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor
+from modeling_altmoe.confidence_altmoe import Calibration
+from modeling_altmoe.scoring_altmoe import Postprocessing
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a cat dog red blue green square circle tree house".split()
 torch.set_num_threads(1)
@@ -45,6 +47,17 @@ def small_config(**changes) -> AltMoEConfig:
 def small_model(seed: int = 0, **changes) -> AltMoEModel:
     torch.manual_seed(seed)
     return AltMoEModel(small_config(**changes)).eval()
+
+
+def score_both_ways(model: AltMoEModel) -> AltMoEModel:
+    """Image and text each way by both directions, with hubness, and a calibration where images are searched."""
+    for there, back in (("text->image", "image->text"), ("image->text", "text->image")):
+        sizes = {d: model.config.latent_size(model.config.resolve(d)[1]) for d in (there, back)}
+        bank = {d: torch.nn.functional.normalize(torch.randn(20, size), dim=-1) for d, size in sizes.items()}
+        model.set_scoring(there, Postprocessing({there: 0.3, back: 0.4}, 0.7, 0.5, 3, bank, bank))
+    kept = Calibration([0.5, 1.0, 0.2, -0.1], bias=-0.3, threshold=0.4)
+    model.config.scoring["text->image"]["confidence"] = kept.as_dict()
+    return model
 
 
 def paired_latents(rows: int = 96, seed: int = 0, noise: float = 0.1) -> dict[str, torch.Tensor]:

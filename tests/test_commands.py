@@ -18,6 +18,7 @@ from PIL import ImageDraw
 
 from benchmarks import mteb_task
 from modeling_altmoe import AltMoEModel, LatentStore
+from trainer.cli import COMMANDS
 from trainer.cli import main as altmoe
 from trainer.encode import EncodeArguments, encode
 
@@ -422,7 +423,7 @@ def test_search_says_so_when_it_found_nothing(place, capsys):
     assert "--min_confidence" in fails(capsys, *arguments, "--min_confidence", "2")
 
 
-@pytest.mark.parametrize("command", ["encode", "train", "evaluate", "search", "publish"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
         altmoe([command, "--help"])

@@ -10,12 +10,10 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from conftest import paired_latents, small_config, small_model
+from conftest import paired_latents, score_both_ways, small_config, small_model
 from database_servers import PASSWORD, QUOTED, free_port, milvus_server, postgres_server
 
 from modeling_altmoe import LatentStore
-from modeling_altmoe.confidence_altmoe import Calibration
-from modeling_altmoe.scoring_altmoe import Postprocessing
 from modeling_altmoe.search_altmoe import LatentIndex, open_index
 from serving import databases, ingest
 from trainer.cli import main
@@ -75,13 +73,7 @@ def server_url(request):
 
 def scored(seed: int = 0):
     """A model that scores in both directions, with hubness and a calibration."""
-    model = small_model(seed)
-    for there, back in (("text->image", "image->text"), ("image->text", "text->image")):
-        sizes = {d: model.config.latent_size(model.config.resolve(d)[1]) for d in (there, back)}
-        bank = {d: torch.nn.functional.normalize(torch.randn(20, size), dim=-1) for d, size in sizes.items()}
-        model.set_scoring(there, Postprocessing({there: 0.3, back: 0.4}, 0.7, 0.5, 3, bank, bank))
-    kept = Calibration([0.5, 1.0, 0.2, -0.1], bias=-0.3, threshold=0.4)
-    model.config.scoring["text->image"]["confidence"] = kept.as_dict()
+    model = score_both_ways(small_model(seed))
     for modality, latents in paired_latents().items():
         model.connector.frames[modality].fit(latents + 0.3)
     return model

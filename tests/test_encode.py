@@ -1,6 +1,8 @@
 """`altmoe encode`, `--check` and `altmoe store`: every source gives the same latents, and every fault is named."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,8 +156,10 @@ def test_torchrun_shares_the_items_out(encoder_folders, tmp_path):
     words = ["--data", data, "--modality", "text", "--encoder", encoder_folders["text"], "--out", tmp_path / "two"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "trainer.encode", *map(str, words), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    shown = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=shown)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"encoding text: .* \d+/15 \[\d\d:\d\d<\S+, .*item/s\]", done.stderr)  # rate and time left
     assert "30 latents (30 new, 0 already there, 0 bad items skipped)" in done.stdout
     assert {int(path.stem.split("-")[1]) for path in LatentStore.open(tmp_path / "two").shards} <= {0, 1}
     _, one = run(encoder_folders, "text", tmp_path / "one", data=data)

@@ -8,16 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_bert, tiny_processors, tiny_vit
+from conftest import score_both_ways, tiny_bert, tiny_processors, tiny_vit
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, pipeline
 
 from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
 from modeling_altmoe import index_altmoe as index_module
-from modeling_altmoe.confidence_altmoe import Calibration
 from modeling_altmoe.processing_altmoe import ItemError
-from modeling_altmoe.scoring_altmoe import Postprocessing
 
 TASK = "cross-modal-retrieval"
 SIZES = {"hidden_size": 16, "moe_intermediate_size": 8, "base": "none"}
@@ -64,14 +62,7 @@ def processors(tmp_path_factory):
 @pytest.fixture(scope="module")
 def three(processors):
     """Pictures, texts and sounds; scored in both directions, with hubness and a calibration where images are searched."""
-    model = join({"image": tiny_vit(), "text": tiny_bert(), "audio": tiny_ast()}, processors)
-    for there, back in (("text->image", "image->text"), ("image->text", "text->image")):
-        sizes = {d: model.config.latent_size(model.config.resolve(d)[1]) for d in (there, back)}
-        bank = {d: torch.nn.functional.normalize(torch.randn(20, size), dim=-1) for d, size in sizes.items()}
-        model.set_scoring(there, Postprocessing({there: 0.3, back: 0.4}, 0.7, 0.5, 3, bank, bank))
-    kept = Calibration([0.5, 1.0, 0.2, -0.1], bias=-0.3, threshold=0.4)
-    model.config.scoring["text->image"]["confidence"] = kept.as_dict()
-    return model
+    return score_both_ways(join({"image": tiny_vit(), "text": tiny_bert(), "audio": tiny_ast()}, processors))
 
 
 @pytest.fixture(scope="module")

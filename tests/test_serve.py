@@ -1,6 +1,5 @@
 """`altmoe serve`: a real process on the loopback, asked over HTTP by many clients at once."""
 
-import asyncio
 import io
 import json
 import re
@@ -10,7 +9,6 @@ import signal
 import socket
 import struct
 import subprocess
-import threading
 import time
 import wave
 import zlib
@@ -30,7 +28,6 @@ pytest.importorskip("fastapi", reason="the service's packages are not installed:
 
 from benchmarks import serve as benchmark
 from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
-from serving.batching import Batcher
 from serving.engine import Engine, Query
 from serving.ingest import ingest
 from serving.limits import Limits
@@ -174,6 +171,16 @@ def test_a_picture_and_a_sound_find_what_the_library_finds(client, engine):
     assert sound.json()["direction"] == "audio->image" and len(found(sound)) == 2
     joined = client.post("/search", files={"image": png("red"), "audio": wav(0.5)})
     assert joined.json()["direction"] == "image+audio->text" and len(found(joined)) == 10
+
+
+def test_a_sound_on_the_command_line_finds_what_the_service_finds(client, flags, tmp_path, capsys):
+    (tmp_path / "query.wav").write_bytes(wav(0.5))
+    store = flags[2].removeprefix("--store=image=")
+    main(["search", store, "--model", flags[1], "--audio", str(tmp_path / "query.wav"), "-k", "3", "--json"])
+    (answer,) = json.loads(capsys.readouterr().out)
+    served = client.post("/search", files={"audio": wav(0.5)}, data={"target": "image", "k": 3})
+    assert answer["direction"] == "audio->image" and len(answer["hits"]) == 3
+    assert same([(hit["id"], hit["score"]) for hit in answer["hits"]], found(served))
 
 
 def test_a_latent_finds_what_its_item_finds(client, engine):
@@ -467,61 +474,6 @@ def test_a_database_can_be_what_is_searched_and_its_end_is_told(engine, flags):
             assert same([(h.id, h.score) for h in one.hits], [(h.id, h.score) for h in two.hits])
         assert "served" not in json.dumps(other.about())
     assert all(isinstance(answer, OSError) for answer in other.answer(asked))
-
-
-def run_batcher(work, scenario, **settings):
-    async def whole():
-        batcher = Batcher(work, **settings)
-        batcher.start()
-        try:
-            return await scenario(batcher)
-        finally:
-            await batcher.stop()
-
-    return asyncio.run(whole())
-
-
-def test_the_batcher_keeps_order_and_bounds():
-    sizes = []
-
-    def work(items):
-        sizes.append(len(items))
-        return [ValueError(item) if item % 10 == 3 else -item for item in items]
-
-    async def scenario(batcher):
-        return await asyncio.gather(*(batcher.submit(item) for item in range(50)), return_exceptions=True)
-
-    results = run_batcher(work, scenario, max_batch=8)
-    assert max(sizes) == 8 and sum(sizes) == 50
-    sizes.clear()
-    run_batcher(work, scenario, max_batch=8, weight=lambda item: 3)
-    assert max(sizes) == 3 and sum(sizes) == 50
-    for item, result in enumerate(results):
-        assert isinstance(result, ValueError) and result.args == (item,) if item % 10 == 3 else result == -item
-
-
-def test_the_batcher_leaves_out_who_has_gone_and_outlives_errors():
-    seen, main_thread = [], threading.get_ident()
-
-    def work(items):
-        assert threading.get_ident() != main_thread
-        seen.append(items)
-        if "break" in items:
-            raise RuntimeError("broken")
-        return items
-
-    async def scenario(batcher):
-        gone = asyncio.create_task(batcher.submit("gone"))
-        stays = asyncio.create_task(batcher.submit("stays"))
-        await asyncio.sleep(0)
-        gone.cancel()
-        assert await stays == "stays" and batcher.running and len(batcher) == 0
-        with pytest.raises(RuntimeError, match="broken"):
-            await batcher.submit("break")
-        return await batcher.submit("after")
-
-    assert run_batcher(work, scenario) == "after"
-    assert seen == [["stays"], ["break"], ["after"]]
 
 
 def test_limits_are_positive():

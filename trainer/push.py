@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", help="licence of a store's latents, e.g. cc-by-4.0")
     parser.add_argument("--space", action="store_true", help="push a page that searches --store with the model")
     parser.add_argument("--store", action="append", default=[], help="MODALITY=NAME, for --space (may be repeated)")
-    parser.add_argument("--data", help="data set with the pictures, for --space: Hub name or folder")
+    parser.add_argument("--data", help="for --space the data set with the pictures: Hub name or folder; for a store what was "
+                        "encoded, in its card")  # fmt: skip
 
 
 def _model_card(folder: Path, repo: str) -> bytes:
@@ -69,7 +70,7 @@ def push(arguments: argparse.Namespace) -> str:
         raise FileNotFoundError(f"No folder '{folder}'.")
     if (folder / DESCRIPTION).is_file():
         return LatentStore.open(folder).push_to_hub(
-            repo, license=arguments.license, **{k: v for k, v in sent.items() if v}
+            repo, license=arguments.license, data=arguments.data, **{k: v for k, v in sent.items() if v}
         )
     config = folder / "config.json"
     fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}

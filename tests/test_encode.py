@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from PIL import Image as Pictures
 
 from modeling_altmoe import LatentStore
@@ -65,6 +65,13 @@ def test_a_folder_of_pictures_is_known_by_its_files(folder, encoder_folders, tmp
     Pictures.new("RGB", (40, 30), "black").save(folder / "dark" / "00.png")  # every row number after it changes
     again, store = run(encoder_folders, "image", tmp_path / "store", data=str(folder))
     assert (again["written"], again["present"]) == (1, 5) and len(store) == 6
+
+
+def test_a_saved_folder_of_pictures_is_known_by_its_rows(folder, encoder_folders, tmp_path):
+    load_dataset(str(folder), split="train").save_to_disk(str(tmp_path / "saved"))  # keeps '0.png', twice
+    result, store = run(encoder_folders, "image", tmp_path / "store", data=str(tmp_path / "saved"))
+    assert store.ids == ["0", "2", "3", "4", "5"] and [row for row, _ in result["skipped"]] == [1]
+    assert store.columns == {"label": "string"}  # no path: there is no such file
 
 
 def test_streams_and_worker_processes_give_the_same(folder, encoder_folders, tmp_path):
@@ -155,9 +162,10 @@ def test_torchrun_shares_the_items_out(encoder_folders, tmp_path):
     data = write_texts(tmp_path / "t.jsonl", [f"a {color} {n % 3}" for n in range(30) for color in COLORS[:1]])
     words = ["--data", data, "--modality", "text", "--encoder", encoder_folders["text"], "--out", tmp_path / "two"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "trainer.encode", *map(str, words), "--device", "cpu"]
+    command += ["-m", "trainer.encode", *map(str, words)]  # no --device: as README has it, on a machine without a GPU
     shown = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=shown)
+    here = {"cwd": Path(__file__).parent.parent, "env": {**shown, "CUDA_VISIBLE_DEVICES": ""}}
+    done = subprocess.run(command, capture_output=True, text=True, **here)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"encoding text: .* \d+/15 \[\d\d:\d\d<\S+, .*item/s\]", done.stderr)  # rate and time left
     assert "30 latents (30 new, 0 already there, 0 bad items skipped)" in done.stdout
@@ -236,7 +244,8 @@ def test_store_shows_deletes_and_compacts(sound, capsys, tmp_path):
     (tmp_path / "ids.txt").write_text("c\n\nnone\n")
     altmoe(["store", str(folder), "--delete", "a", "--delete_file", str(tmp_path / "ids.txt")])
     shown = capsys.readouterr().out
-    assert "2 rows deleted, 1 ids were not there" in shown and "3 'text' latents" in shown and "2 deleted rows" in shown
+    assert "rows deleted: 2; ids that were not there: 1 (e.g. none)" in shown
+    assert "3 'text' latents" in shown and "2 deleted rows" in shown
     altmoe(["store", str(folder), "--compact"])
     assert "0 deleted rows" in capsys.readouterr().out
     assert sorted(LatentStore.open(folder).ids) == ["b", "d", "e"]

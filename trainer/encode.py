@@ -183,7 +183,8 @@ def encode(arguments: EncodeArguments) -> dict:
         arguments.keep,
         arguments.limit,
     )
-    ranks = PartialState(cpu=arguments.device == "cpu")
+    on_cpu = arguments.device == "cpu" or (arguments.device == "auto" and not torch.cuda.is_available())
+    ranks = PartialState(cpu=on_cpu)  # without a GPU accelerate takes every rank for the only one unless it is told
     encoder, own, entry = prepare_encoder(arguments)
     processor = AltMoEProcessor({arguments.modality: own}, {arguments.modality: arguments.prompt})
     kind = processor.kind(arguments.modality)

@@ -35,6 +35,11 @@ WINDOW = 8192  # texts sorted by length at a time
 RESERVED = ("id", "latent")  # names of a store's own columns
 
 
+def _saved(name: str) -> bool:
+    """Whether this is a folder that `save_to_disk` wrote."""
+    return any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+
+
 def open_data(name: str, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
     """Open a data set by folder, file or Hub name.
 
@@ -42,7 +47,7 @@ def open_data(name: str, split: str = "train", streaming: bool = False) -> Datas
         FileNotFoundError, ValueError: nothing usable there, or no such split.
     """
     path = Path(name)
-    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+    if _saved(name):
         data = load_from_disk(str(path))
     elif path.is_dir() and (sounds := [str(p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SOUNDS]):
         # `datasets` would want to decode them, with a package that nothing else here needs
@@ -96,8 +101,8 @@ class RawItems:
         column: what to encode.
         split: of a data set that has several.
         streaming: read from first to last, without downloading or indexing all of it.
-        id_column: unique ids. Without such a column, the file's place below a local folder, else the position.
-        keep: metadata columns (None: all plain ones, labels by name, and for a local folder the `path` of each file).
+        id_column: unique ids. Without such a column, the file's place below a folder of files, else the position.
+        keep: metadata columns (None: all plain ones, labels by name, and for a folder of files the `path` of each).
         limit: only the first so many.
 
     Raises:
@@ -124,7 +129,9 @@ class RawItems:
         self.kinds = {n: kind for n, kind in kinds.items() if kind and (keep is None or n in keep)}
         self._labels = {n: features[n].int2str for n in self.kinds if isinstance(features[n], ClassLabel)}
         media = isinstance(features[column], (Image, Audio))
-        self._root = os.path.abspath(name) if media and os.path.isdir(name) else None
+        # a saved data set holds the bytes of its items; of their places only file names are left, which may be the same
+        files = media and os.path.isdir(name) and not _saved(name)
+        self._root = os.path.abspath(name) if files else None
         self._path = self._root is not None and "path" not in features and (keep is None or "path" in keep)
         if media:  # decode item by item, so that one bad file does not end the run
             data = data.cast_column(column, type(features[column])(decode=False))

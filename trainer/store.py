@@ -47,8 +47,10 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.delete_file:
         ids += [line for line in Path(arguments.delete_file).read_text(encoding="utf-8").splitlines() if line.strip()]
     if ids:
+        absent = [name for name, there in zip(ids, store.has(ids), strict=True) if not there]
         deleted = store.delete(ids, missing_ok=True)  # so that a command that was killed can be given again
-        print(f"{deleted} rows deleted, {len(set(ids)) - deleted} ids were not there")
+        print(f"rows deleted: {deleted}; ids that were not there: {len(set(ids)) - deleted}", end="")
+        print(f" (e.g. {', '.join(absent[:3])})" if absent else "")
     if arguments.compact:
         store.compact()
     print(describe(store))

@@ -74,7 +74,7 @@ def test_a_saved_folder_of_pictures_is_known_by_its_rows(folder, encoder_folders
 
 
 def test_pictures_for_an_encoder_of_texts_are_one_error_not_one_an_item(folder, encoder_folders, tmp_path):
-    with pytest.raises(ValueError, match="'image' of .* holds images, but the encoder .* takes text: name another"):
+    with pytest.raises(ValueError, match=r"'image' of .* holds images, but the encoder .* takes text: name another"):
         run(encoder_folders, "text", tmp_path / "store", data=str(folder), column="image")
     assert not (tmp_path / "store").exists()
 

@@ -176,6 +176,10 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         place = {**hub, **{key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}}
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
             fields, _ = PreTrainedConfig.get_config_dict(name, **place)
+            if not fields:
+                raise OSError(
+                    f"'{name}' has no config.json: expected an altmoe checkpoint, a folder or a name on the Hub."
+                )
             if fields.get("model_type") != cls.config_class.model_type:
                 raise ValueError(
                     f"'{name}' holds a '{fields.get('model_type')}' model, not an altmoe checkpoint. "

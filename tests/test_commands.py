@@ -107,6 +107,21 @@ def fails(capsys, *words) -> str:
     return capsys.readouterr().err
 
 
+def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.store.main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        altmoe(["store", "anywhere"])
+    assert ended.value.code == 130 and capsys.readouterr().err.strip() == "stopped"
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"has no config\.json: expected an altmoe checkpoint"):
+        AltMoEModel.from_pretrained(str(tmp_path))
+
+
 # ---------------------------------------------------------------- the way once
 
 

@@ -74,6 +74,12 @@ def test_a_saved_folder_of_pictures_is_known_by_its_rows(folder, encoder_folders
     assert store.columns == {"label": "string"}  # no path: there is no such file
 
 
+def test_pictures_for_an_encoder_of_texts_are_one_error_not_one_an_item(folder, encoder_folders, tmp_path):
+    with pytest.raises(ValueError, match=r"'image' of .* holds images, but the encoder .* takes text: name another"):
+        run(encoder_folders, "text", tmp_path / "store", data=str(folder), column="image")
+    assert not (tmp_path / "store").exists()
+
+
 def test_streams_and_worker_processes_give_the_same(folder, encoder_folders, tmp_path):
     plain, one = run(encoder_folders, "image", tmp_path / "a", data=str(folder))
     for name, how in (("b", {"streaming": True}), ("c", {"workers": 2, "batch_size": 2})):

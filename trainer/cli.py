@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None  # what a shell expects of Ctrl-C
 
 
 if __name__ == "__main__":

@@ -188,6 +188,11 @@ def encode(arguments: EncodeArguments) -> dict:
     encoder, own, entry = prepare_encoder(arguments)
     processor = AltMoEProcessor({arguments.modality: own}, {arguments.modality: arguments.prompt})
     kind = processor.kind(arguments.modality)
+    if data.holds not in (None, kind):
+        raise ValueError(
+            f"Column '{data.column}' of '{arguments.data}' holds {data.holds}s, but the encoder '{arguments.encoder}' takes "
+            f"{kind}: name another --column or another --encoder."
+        )
     device = torch.device(arguments.device if arguments.device != "auto" else _best_device(ranks))
     encoder.to(device)
     size = arguments.batch_size

@@ -133,6 +133,7 @@ class RawItems:
         files = media and os.path.isdir(name) and not _saved(name)
         self._root = os.path.abspath(name) if files else None
         self._path = self._root is not None and "path" not in features and (keep is None or "path" in keep)
+        self.holds = type(features[column]).__name__.lower() if media else None  # "image", "audio", or plain values
         if media:  # decode item by item, so that one bad file does not end the run
             data = data.cast_column(column, type(features[column])(decode=False))
         self._data = data.select_columns([n for n in features if n in {column, self.id_column, *self.kinds}])

@@ -113,8 +113,10 @@ def load_encoder(
         what: for error messages: the modality, then "encoder", e.g. "image encoder".
         hub_kwargs: `token`, `cache_dir`, `local_files_only`, `trust_remote_code`, ...
 
+    Weights are read from safetensors only: names of encoders come from strangers' files, and a pickle may run code.
+
     Raises:
-        OSError: if there is no such encoder, naming it and saying how to pass a local one.
+        OSError: if there is no such encoder, or only as a pickle, naming it and saying how to pass a local one.
         ValueError: if weights would be left random.
     """
     fields = protocol.to_dict() if isinstance(protocol, LatentProtocol) else dict(protocol or {})
@@ -131,15 +133,17 @@ def load_encoder(
             subfolder=subfolder,
             dtype=fields.get("dtype", "float32"),
             output_loading_info=True,
+            use_safetensors=True,
             **({"revision": revision} if revision else {}),
             **hub_kwargs,
         )
     except OSError as error:
+        reason = str(error).splitlines()[0].removesuffix(" Please do not set `use_safetensors=True`.")
         raise OSError(
-            f"The {what} '{source}'{f' at revision {revision}' if revision else ''} cannot be loaded: "
-            f"{str(error).splitlines()[0]} If it is gated, log in or pass token=...; if it has moved or you are offline, "
-            "pass its new name, a local folder or a loaded model: AltMoEModel.from_pretrained(..., encoders="
-            f"{{'{what.split()[0]}': name_folder_or_model}})."
+            f"The {what} '{source}'{f' at revision {revision}' if revision else ''} cannot be loaded: {reason} "
+            "Weights are read from safetensors only, never from a pickle (.bin). If it is gated, log in or pass token=...; "
+            "if it has moved or you are offline, pass its new name, a local folder or a loaded model: "
+            f"AltMoEModel.from_pretrained(..., encoders={{'{what.split()[0]}': name_folder_or_model}})."
         ) from error
     pooling = LatentProtocol(pooling=fields.get("pooling", "mean"))
     _report_random(str(source), info, pooling)

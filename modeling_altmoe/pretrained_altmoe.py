@@ -208,7 +208,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
             if not isinstance(given, nn.Module):
                 own = given is None and entry.get("self_contained")
                 source = name if own else (given or entry["name_or_path"])
-                where = {"subfolder": f"encoder_{modality}", "use_safetensors": True} if own else {}
+                where = {"subfolder": f"encoder_{modality}"} if own else {}
                 revision = kwargs.get("revision") if own else (entry.get("revision") if given is None else None)
                 encoder, commit = load_encoder(
                     source,

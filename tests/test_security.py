@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import paired_latents, small_config, small_model, tiny_processors
 from huggingface_hub import DatasetCard
+from peft import LoraConfig
+from safetensors.torch import load_file
 
 import modeling_altmoe
 from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor, LatentStore
@@ -101,6 +104,29 @@ def test_weights_in_a_pickle_are_not_opened(tmp_path):
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         AltMoEModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["encoder of its own", "encoder by name", "adapter"])
+def test_encoders_and_adapters_in_a_pickle_are_not_opened(encoder_folders, tmp_path, part, monkeypatch):
+    own = part == "encoder of its own"
+    lora = {"text": LoraConfig(r=2, target_modules=["query"])} if part == "adapter" else None
+    folders = {m: shutil.copytree(folder, tmp_path / m) for m, folder in encoder_folders.items()}
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "base": "none"}
+    AltMoEModel.from_encoders(folders, lora=lora, **sizes).save_pretrained(tmp_path / "model", self_contained=own)
+    place = {"encoder of its own": tmp_path / "model" / "encoder_text", "encoder by name": folders["text"]}
+    place = place.get(part, tmp_path / "model" / "adapter_text")
+    (weights,) = place.glob("*.safetensors")
+    name = weights.stem.replace("model", "pytorch_model") if part != "adapter" else weights.stem
+    torch.save(load_file(weights), weights.with_name(f"{name}.bin"))
+    weights.unlink()
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("a pickle was opened"))
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AltMoEModel.from_pretrained(tmp_path / "model")
+    if part == "encoder by name":
+        with pytest.raises(
+            OSError, match=r"text encoder '.*' cannot be loaded: .*safetensors only, never from a pickle"
+        ):
+            AltMoEModel.from_encoders(folders, **sizes)
 
 
 def test_a_strangers_store_stays_in_its_folder_and_its_card(tmp_path):

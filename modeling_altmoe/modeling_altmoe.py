@@ -305,7 +305,7 @@ class AltMoEModel(AltMoEPreTrainedModel):
     def score(
         self, direction: str, queries: dict[str, torch.Tensor] | torch.Tensor, gallery: torch.Tensor
     ) -> torch.Tensor:
-        """Scores `(queries, items)` as search and evaluation use them: both directions, corrected for hubness and familiarity.
+        """Scores `(queries, items)` as search and evaluation use them: both directions, with all corrections.
 
         Args:
             direction: e.g. `"image->text"`.

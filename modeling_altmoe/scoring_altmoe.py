@@ -140,7 +140,7 @@ def item_vectors(
     correction: Tensor | None = None,
     predicted: Tensor | None = None,
 ) -> Tensor:
-    """Gallery items, ready to be searched: see `query_vectors`. The last component is the correction for hubness and familiarity.
+    """Gallery items, ready to be searched: see `query_vectors`. The last component corrects for hubness and familiarity.
 
     Args:
         gallery: target latents `(m, d_target)`.

@@ -258,7 +258,7 @@ def test_words_find_pictures(page, project):
     assert "Nothing found" in status and "27%" in status and "50% is asked for" in status
     assert re.findall(r"(\w+) \d+\.\d ms", status) == ["encode", "connector", "search"]
     assert page.locator(".gate").count() == 2 and page.locator(".gate .bar.on").count() == 4
-    assert re.search(r"contrastive gate: expert \d: \d+%", page.locator(".bars").first.get_attribute("aria-label"))
+    assert re.search(r"contrastive gate: expert \d+: \d+%", page.locator(".bars").first.get_attribute("aria-label"))
 
 
 @needs_browser

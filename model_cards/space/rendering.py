@@ -78,12 +78,12 @@ def gates(answer: Answer) -> str:
     """Bar plots: the weight of every expert, one plot a gate."""
     plots, highest = [], max(max(weights) for weights in answer.gates.values())
     for gate, weights in answer.gates.items():
-        chosen = "; ".join(f"expert {number}: {weight:.0%}" for number, weight in enumerate(weights) if weight)
+        chosen = "; ".join(f"expert {number}: {weight:.0%}" for number, weight in enumerate(weights, 1) if weight)
         bars = "".join(
             f'<span class="bar{" on" if weight else ""}" title="expert {number}: {weight:.1%}">'
             f"<b>{f'{weight:.0%}' if weight else ''}</b>"
             f'<i style="height:{70 * weight / highest:.1f}%"></i><em>{number}</em></span>'
-            for number, weight in enumerate(weights)
+            for number, weight in enumerate(weights, 1)
         )
         plots.append(
             f'<figure class="gate"><figcaption>{escape(gate)}</figcaption>'

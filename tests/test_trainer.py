@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -259,11 +260,11 @@ def test_negatives_from_the_store_include_every_training_target(tmp_path, parts)
     assert 10 <= len(batch["candidates"]) <= 14 and batch["positives"].any(-1).all()
 
 
-def _rank(rank, world, folder):
+def _rank(rank, world, folder, port):
     import os
 
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="29517"
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     parts = pairs_of(160).split(0, 0.2, 0.2)
@@ -287,7 +288,9 @@ def test_two_ranks_equal_one(tmp_path):
     import torch.multiprocessing as mp
 
     for world in (1, 2):
-        mp.spawn(_rank, args=(world, str(tmp_path / str(world))), nprocs=world)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        mp.spawn(_rank, args=(world, str(tmp_path / str(world)), port), nprocs=world)
     one, two = (load_file(tmp_path / str(w) / "checkpoint-4" / "model.safetensors") for w in (1, 2))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")

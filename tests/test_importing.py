@@ -160,8 +160,9 @@ def test_an_interrupted_import_goes_on(matrix, run, tmp_path, monkeypatch):
         original(self, *arguments, **columns)
 
     monkeypatch.setattr(LatentStore, "append", append)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         run(path)
+    assert stopped.value.code == 130
     assert len(LatentStore.open(tmp_path / "store")) == 8
     assert torch.equal(run(path).latents(), torch.from_numpy(matrix))
 

@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 	$(PY) -m demo --data $(DATA)
 
 test: $(VENV)/ready lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile  # two processes, a file of tests each
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

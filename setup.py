@@ -52,7 +52,7 @@ setup(
         "neighbours": NEIGHBOURS,
         "databases": DATABASES,
         "test": [
-            *("pytest", "hypothesis", "ruff", "CairoSVG", "playwright"),
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "CairoSVG", "playwright"),
             *(*SPACE, *SERVE, *NEIGHBOURS, *DATABASES, *DATABASE_SERVERS),
         ],
     },

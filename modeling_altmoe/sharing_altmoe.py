@@ -18,6 +18,7 @@ try:  # the client's own transport; its errors are not the client's
 except ImportError:
     TransportError = ConnectionError
 
+BROKEN = (TransportError, ConnectionError, TimeoutError)  # the last two are those of xet, which sends large files
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 SCRATCH = (
     ".lock*",
@@ -114,7 +115,7 @@ def push_folder(
         FileNotFoundError: no such folder, or nothing in it.
         ValueError: it holds pickles.
         PermissionError: the token may not write there.
-        OSError: the connection broke; nothing was changed on the Hub.
+        ConnectionError: it broke; the Hub shows what it showed before, or all of the new.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -143,17 +144,21 @@ def push_folder(
         return api.create_commit(
             repo_id, operations, repo_type=repo_type, revision=revision, commit_message=commit_message or "Upload"
         ).commit_url
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
+    except (HfHubHTTPError, *BROKEN, RuntimeError) as error:
+        # the client turns what broke the upload of one large file into a RuntimeError
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
             raise PermissionError(
-                f"The Hub does not let you write to '{repo_id}' (status {error.response.status_code}). Log in with a token "
+                f"The Hub does not let you write to '{repo_id}' (status {status}). Log in with a token "
                 "that may write (`hf auth login`), or choose a name of your own."
             ) from error
+        if isinstance(cause, BROKEN) or (status or 0) >= 500:
+            raise ConnectionError(
+                f"The push to '{repo_id}' broke ({cause}). What is there is as it was before, or complete: push again, "
+                "large files that have arrived are not sent twice."
+            ) from error
         raise
-    except TransportError as error:
-        raise ConnectionError(
-            f"The connection broke while pushing to '{repo_id}' ({error}). Nothing was changed there: push again."
-        ) from error
 
 
 def shareable(description: dict[str, Any]) -> dict[str, Any]:

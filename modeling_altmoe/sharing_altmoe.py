@@ -4,14 +4,17 @@ Comes in: a saved folder, or something with `save_pretrained`. Goes out: a commi
 code and pictures are sent: a pickle can run code where it is opened.
 """
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 
 try:  # the client's own transport; its errors are not the client's
     from httpx2 import TransportError
@@ -34,6 +37,53 @@ SCRATCH = (
 )
 
 
+def is_folder(
+    name: str | os.PathLike,
+    what: str,
+    repo_type: str = "model",
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> bool:
+    """Whether a name means a folder of this machine; False: a name on the Hub, which then may be asked for it.
+
+    A mistyped path would be asked of the Hub again and again, for minutes. What begins with `.`, `~` or `/`, or has more
+    than one `/`, is no Hub name. Where a folder is called like the owner, the Hub is asked once, and quickly.
+
+    Args:
+        name: what a user gave.
+        what: for the error, e.g. `"a trained model"`.
+        repo_type: `"model"` or `"dataset"`.
+        token, cache_dir: as everywhere in huggingface_hub.
+
+    Raises:
+        FileNotFoundError: it can only be a path, and there is no such folder.
+    """
+    text = os.fspath(name)
+    if os.path.isdir(text) or "://" in text:
+        return "://" not in text
+    owner = os.path.dirname(text)
+    if not (os.path.isabs(text) or text[:1] in (".", "~") or text.count("/") > 1):
+        if not (owner and os.path.isdir(owner)):
+            return False
+        folder = repo_folder_name(repo_id=text, repo_type=repo_type)
+        if os.path.isdir(os.path.join(cache_dir or constants.HF_HUB_CACHE, folder)):
+            return False
+        try:
+            HfApi(token=token).repo_info(text, repo_type=repo_type, timeout=5)
+            return False
+        except (OSError, TransportError, HFValidationError):
+            pass  # neither here nor there, or no way to tell
+    if os.path.exists(text):
+        raise FileNotFoundError(f"'{text}' is a file: expected {what}, a folder or a name on the Hub (OWNER/NAME).")
+    there, missing = Path(text), ""
+    while not there.is_dir():
+        there, missing = there.parent, there.name
+    close = difflib.get_close_matches(missing, sorted(os.listdir(there)), n=1)
+    hint = f" Did you mean '{there / close[0]}'?" if close else f" Below '{there}' is no '{missing}'."
+    raise FileNotFoundError(f"There is no folder '{text}': expected {what}, a folder or a name on the Hub.{hint}")
+
+
 def on_hub(entry: dict[str, Any]) -> bool:
     """Whether others can load an encoder by its name: a Hub name at a pinned revision. Any other name is a folder here."""
     return bool(entry.get("name_or_path") and entry.get("revision"))
@@ -52,6 +102,14 @@ def without_paths(entry: dict[str, Any]) -> dict[str, Any]:
 def one_line(text) -> str:
     """Foreign text for a line or a cell of Markdown: it opens no other line, cell, code or tag."""
     return re.sub(r"([|`<>\\])", r"\\\1", " ".join(str(text).split()))
+
+
+def usual_mode(paths: Iterable[str | os.PathLike]) -> None:
+    """Let others read files as they may read any new file here (umask): safetensors writes for their owner only."""
+    umask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(umask)
+    for path in paths:
+        os.chmod(path, 0o666 & ~umask)
 
 
 def refuse_local_encoders(entries: dict[str, dict[str, Any]]) -> None:

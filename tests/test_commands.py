@@ -379,7 +379,8 @@ def test_missing_data_encoders_models_and_stores_are_named(place, capsys, encode
     assert "No data file at" in fails(capsys, *encode_it, "--data", f"{gone}.jsonl", "--encoder", "x")
     message = fails(capsys, *encode_it, "--data", place / "data", "--encoder", gone)
     assert "image encoder" in message and "cannot be loaded" in message
-    assert "No LatentStore at" in fails(capsys, "search", gone, "--model", place / "hub", "--text", "a")
+    missing = fails(capsys, "search", gone, "--model", place / "hub", "--text", "a")
+    assert "expected a LatentStore ('altmoe encode' makes one)" in missing
     assert "has no recipe.yaml" in fails(capsys, "evaluate", "--model", gone)
     assert "No query" in fails(capsys, "search", place / "image", "--model", place / "hub")
     assert "Unknown direction" in fails(capsys, "search", place / "text", "--model", place / "hub", "--text", "a")

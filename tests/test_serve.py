@@ -427,7 +427,7 @@ def test_start_up_errors_are_one_sentence(capsys, flags, tmp_path):
     assert "already" in refuses_to_start(capsys, *free, f"image={image}", "--store", f"image={image}")
     assert "holds 'image' latents, expected 'text'" in refuses_to_start(capsys, *free, f"text={image}")
     assert "No LatentStore at" in refuses_to_start(capsys, *free, f"image={tmp_path}")
-    assert "No LatentStore at" in refuses_to_start(capsys, *free, "image=build/stores/nothing")
+    assert "There is no folder" in refuses_to_start(capsys, *free, "image=build/stores/nothing")
     assert str(tmp_path) in refuses_to_start(
         capsys, "--model", str(tmp_path), "--store", f"image={image}", "--port", "0"
     )

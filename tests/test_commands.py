@@ -18,7 +18,6 @@ from PIL import ImageDraw
 
 from benchmarks import mteb_task
 from modeling_altmoe import AltMoEModel, LatentStore
-from trainer.cli import COMMANDS
 from trainer.cli import main as altmoe
 from trainer.encode import EncodeArguments, encode
 
@@ -105,21 +104,6 @@ def fails(capsys, *words) -> str:
         altmoe([str(word) for word in words])
     assert ended.value.code == 2
     return capsys.readouterr().err
-
-
-def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
-    def interrupted(arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("trainer.store.main", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        altmoe(["store", "anywhere"])
-    assert ended.value.code == 130 and capsys.readouterr().err.strip() == "stopped"
-
-
-def test_a_folder_that_is_no_model_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"has no config\.json: expected an altmoe checkpoint"):
-        AltMoEModel.from_pretrained(str(tmp_path))
 
 
 # ---------------------------------------------------------------- the way once
@@ -437,14 +421,6 @@ def test_search_says_so_when_it_found_nothing(place, capsys):
     altmoe([*arguments, "--min_confidence", "0", "--json"])
     assert json.loads(capsys.readouterr().out)[0]["found"] is True
     assert "--min_confidence" in fails(capsys, *arguments, "--min_confidence", "2")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        altmoe([command, "--help"])
-    assert ended.value.code == 0
-    assert len(capsys.readouterr().out) > 300
 
 
 def test_a_database_alone_gives_the_results_of_the_store(place, capsys, tmp_path):

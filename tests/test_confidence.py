@@ -6,7 +6,8 @@ import torch
 from conftest import small_model
 
 from modeling_altmoe.confidence_altmoe import SHORT_LIST, Calibration, score_features
-from trainer.confidence import answers, fit_calibration, measure_confidence
+from trainer import confidence
+from trainer.confidence import answers, answers_of_few, fit_calibration, measure_confidence
 from trainer.fitting import fit_bases, fit_frames
 from trainer.measuring import fit_scoring, held_out_scores
 from trainer.pairs import LatentPairs
@@ -37,6 +38,34 @@ def test_calibration_holds_in_a_larger_collection():
     calibration = fit_calibration([world(queries=300, items=150)])
     figures = measure_confidence(calibration, *world(queries=400, items=1200, seed=3))
     assert figures["calibration_error"] < 0.08
+
+
+def test_a_handful_of_items_is_asked_with_one_match_and_without():
+    scores, relevant = world(queries=50, items=60)
+    relevant[:, 0] = True  # some have two matches: one is shown
+    asked = answers_of_few(scores, relevant, sizes=(1, 3, 12, 60))
+    assert asked.sizes.unique().tolist() == [1, 3, 12]  # sixty that do not match are not there
+    assert asked.present.float().mean() == 0.5 and not asked.right[~asked.present].any()
+    for size, rows, lists in asked.by_size():
+        assert lists.shape == (100, min(size, SHORT_LIST)) and (lists.diff(dim=1) <= 0).all()
+        assert size > 1 or torch.equal(asked.right[rows], asked.present[rows])
+    shares = [asked.right[asked.present & (asked.sizes == size)].float().mean() for size in (3, 12)]
+    assert shares[0] > shares[1]  # more rivals
+    assert not len(answers_of_few(scores, torch.ones_like(relevant)).sizes)
+
+
+def test_confidence_holds_in_a_handful_of_items(monkeypatch):
+    asked = answers_of_few(*world(queries=1500, items=150, seed=3), sizes=(2, 3, 5, 7))
+    errors = {}
+    for name, sizes in (("with", confidence.FEW), ("without", ())):
+        monkeypatch.setattr(confidence, "FEW", sizes)
+        calibration = fit_calibration([world(queries=1500, items=150, signal=2.5)])
+        found = {size: calibration.confidence(lists, size) for size, _, lists in asked.by_size()}
+        errors[name] = [
+            torch.nn.functional.binary_cross_entropy(found[size], asked.right[rows].double()).item()
+            for size, rows, _ in asked.by_size()
+        ]
+    assert all(few < many for few, many in zip(errors["with"], errors["without"], strict=True)), errors
 
 
 def test_a_higher_precision_asks_for_more_confidence():
@@ -80,7 +109,7 @@ def test_all_matches_of_a_query_are_removed():
     relevant[:, :2] = True
     asked = answers(scores, relevant)
     assert asked.top_scores[~asked.present][:, 0].tolist() == [1.0] * 4
-    assert np.isfinite(asked.top_scores.numpy()).all()
+    assert all(np.isfinite(lists.numpy()).all() and lists.shape[1] == 5 for _, _, lists in asked.by_size())
 
 
 def test_settings_survive_json_and_bad_ones_are_named():

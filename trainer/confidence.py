@@ -3,18 +3,21 @@
 In: tables of scores with their true matches, of items that what scored them was not fitted on (`trainer.measuring`: the
 training rows out of fold, or validation). Out: a [`Calibration`], and figures that say how far it can be trusted. Every
 query appears twice, once with its matches in the collection and once with them removed: then nothing can be found.
+Collections of a few items are asked as well, because people search those, too.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from modeling_altmoe.confidence_altmoe import SHORT_LIST, Calibration, score_features
 
 SHARES = (1.0, 0.5, 0.25)  # parts of the collection, so that the fit sees what its size does
+FEW = (2, 4, 8, 16)  # and collections of so few items, where score lists look otherwise
 
 
 @dataclass
@@ -22,7 +25,7 @@ class Answers:
     """Score lists of queries with and without a match in the collection.
 
     Attributes:
-        top_scores: `(n, at most SHORT_LIST)` in falling order.
+        top_scores: `(n, SHORT_LIST)` in falling order; -inf after the last item of a smaller collection.
         right: `(n,)` whether the first result is a true match.
         present: `(n,)` whether the collection held one.
         sizes: `(n,)` items searched.
@@ -35,19 +38,29 @@ class Answers:
 
     @classmethod
     def join(cls, parts: list["Answers"]) -> "Answers":
-        """All of several collections' answers; score lists are cut to the shortest."""
-        width = min(part.top_scores.shape[1] for part in parts)
-        top_scores = torch.cat([part.top_scores[:, :width] for part in parts])
+        """All of several collections' answers."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    @classmethod
+    def of(cls, top_scores: Tensor, right: Tensor, present: bool, size: int) -> "Answers":
+        """Of one collection; a list that is not finite is left out."""
+        usable = top_scores.isfinite().all(1)
+        kept = F.pad(top_scores[usable], (0, SHORT_LIST - top_scores.shape[1]), value=-torch.inf)
         return cls(
-            top_scores, *(torch.cat([getattr(p, name) for p in parts]) for name in ("right", "present", "sizes"))
+            kept, right[usable], torch.full((len(kept),), present), torch.full((len(kept),), size, dtype=torch.long)
         )
+
+    def by_size(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each size of a collection: the size, which rows, and their score lists as a search has them."""
+        for size in self.sizes.unique().tolist():
+            rows = self.sizes == size
+            yield size, rows, self.top_scores[rows][:, :size].double()
 
     def features(self) -> Tensor:
         """`(n, 4)`, see `score_features`."""
         parts = torch.empty(len(self.sizes), 4, dtype=torch.float64)
-        for size in self.sizes.unique():
-            rows = self.sizes == size
-            parts[rows] = score_features(self.top_scores[rows].double(), int(size))
+        for size, rows, top_scores in self.by_size():
+            parts[rows] = score_features(top_scores, size)
         return parts
 
 
@@ -67,8 +80,7 @@ def answers(scores: Tensor, relevant: Tensor, shares=(1.0,), seed: int = 0) -> A
         raise ValueError(
             f"scores and relevant must be (queries, at least 4 items), got {tuple(scores.shape)}, {tuple(relevant.shape)}"
         )
-    generator = torch.Generator().manual_seed(seed)
-    columns = {name: [] for name in ("top_scores", "right", "present", "sizes")}
+    generator, parts = torch.Generator().manual_seed(seed), []
     for share in shares:
         count = max(4, int(share * scores.shape[1]))
         items = torch.randperm(scores.shape[1], generator=generator)[:count].sort().values
@@ -81,14 +93,31 @@ def answers(scores: Tensor, relevant: Tensor, shares=(1.0,), seed: int = 0) -> A
             # removing every match must leave a list of finite scores
             values = torch.where(best.values.isfinite(), best.values, best.values[:, :1].expand_as(best.values))
             right = match.gather(1, best.indices[:, :1])[:, 0] & present
-            usable = values.isfinite().all(1)
-            columns["top_scores"].append(values[usable])
-            columns["right"].append(right[usable])
-            columns["present"].append(torch.full((int(usable.sum()),), present))
-            columns["sizes"].append(torch.full((int(usable.sum()),), count))
-    width = min(len(rows[0]) for rows in columns["top_scores"] if len(rows))
-    columns["top_scores"] = [rows[:, :width] for rows in columns["top_scores"]]
-    return Answers(**{name: torch.cat(parts) for name, parts in columns.items()})
+            parts.append(Answers.of(values, right, present, count))
+    return Answers.join(parts)
+
+
+def answers_of_few(scores: Tensor, relevant: Tensor, sizes=FEW, seed: int = 0) -> Answers:
+    """Ask every query twice in each of some small collections of its own: random items, with and without one match.
+
+    Args:
+        scores, relevant: as for `answers`.
+        sizes: items of a collection; a query with fewer that do not match is left out.
+        seed: for the samples.
+    """
+    generator, parts = torch.Generator().manual_seed(seed), []
+    match = (torch.rand(scores.shape, generator=generator) * relevant).argmax(1)
+    for size in sizes:
+        asked = relevant.any(1) & ((~relevant).sum(1) >= size)
+        if not asked.any():
+            continue
+        order = torch.rand(scores.shape, generator=generator).masked_fill(relevant, 2.0)[asked]
+        others = order.topk(size, dim=1, largest=False).indices
+        for present in (True, False):
+            items = torch.cat([match[asked, None], others[:, 1:]], dim=1) if present else others
+            best = scores[asked].gather(1, items).topk(min(SHORT_LIST, size), dim=1)
+            parts.append(Answers.of(best.values, (best.indices[:, 0] == 0) & present, present, size))
+    return Answers.join(parts) if parts else Answers.of(scores[:0, :1], relevant[:0, 0], False, 1)
 
 
 def fit_calibration(
@@ -101,7 +130,8 @@ def fit_calibration(
     """Logistic regression of "the first result is right", and a threshold for a precision.
 
     Args:
-        tables: `(scores, relevant)` of one or more collections, each `(queries, items)`, post-processed as in search.
+        tables: `(scores, relevant)` of one or more collections, each `(queries, items)`, post-processed as in search. They
+            are also asked in samples of a few items, which shape the fit; the threshold is chosen without those.
         target_precision: the lowest confidence is chosen at and above which this share is right. Where no threshold
             reaches it, the one with the highest precision that still answers a tenth of what the lowest would.
         caution: how many standard errors below the precision that was seen the target must still be met (lower end
@@ -116,11 +146,14 @@ def fit_calibration(
         raise ValueError(f"target_precision={target_precision}: expected a share between 0 and 1.")
     if caution < 0:
         raise ValueError(f"caution={caution}: expected 0 or more standard errors.")
-    asked = [answers(s.cpu(), match.cpu(), SHARES, seed + place) for place, (s, match) in enumerate(tables)]
+    asked, few = [], []
+    for place, (scores, match) in enumerate(tables):
+        asked.append(answers(scores.cpu(), match.cpu(), SHARES, seed + place))
+        few.append(answers_of_few(scores.cpu(), match.cpu(), FEW, seed + place))
     if not asked:
         raise ValueError("calibration needs at least one table of scores.")
-    asked = Answers.join(asked)
-    features, right = asked.features(), asked.right.double()
+    asked, every = Answers.join(asked), Answers.join([*asked, *few])
+    features, right = every.features(), every.right.double()
     mean, size = features.mean(0), features.std(0).clamp_min(1e-6)
     weight = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -143,9 +176,8 @@ def fit_calibration(
 
 def _confidence(calibration: Calibration, asked: Answers) -> Tensor:
     found = torch.empty(len(asked.sizes), dtype=torch.float64)
-    for size in asked.sizes.unique():
-        rows = asked.sizes == size
-        found[rows] = calibration.confidence(asked.top_scores[rows], int(size))
+    for size, rows, top_scores in asked.by_size():
+        found[rows] = calibration.confidence(top_scores, size)
     return found
 
 

@@ -5,34 +5,30 @@ import signal
 import subprocess
 import sys
 import textwrap
-import traceback
 
 import numpy as np
 import pytest
 import torch
-from conftest import paired_latents, score_both_ways, small_config, small_model
 from database_servers import PASSWORD, QUOTED, free_port, milvus_server, postgres_server
+from database_tables import (
+    COLUMNS,
+    ENTRY,
+    NASTY,
+    ROWS,
+    assert_same,
+    columns_of,
+    everything,
+    ids_of,
+    queries,
+    scored,
+    write_rows,
+)
 
 from modeling_altmoe import LatentStore
 from modeling_altmoe.search_altmoe import LatentIndex, open_index
 from serving import databases, ingest
 from trainer.cli import main
 
-ROWS = 240
-ENTRY = small_config().encoders["image"]
-COLUMNS = {"title": "string", "year": "int32", "price": "float32", "sold": "bool", "seen": "timestamp[s]"}
-NASTY = [
-    'a"b',
-    "it's",
-    "\\",
-    "\\' or 1=1 --",
-    "ü漢😀",
-    "'; DROP TABLE t; --",
-    '" or 1==1 or "',
-    "{title}",
-    "%s 50%",
-    "a\nb\t",
-]
 numbers = itertools.count()
 
 
@@ -71,55 +67,14 @@ def server_url(request):
     return f"{request.getfixturevalue(request.param)}{join}t{next(numbers)}"
 
 
-def scored(seed: int = 0):
-    """A model that scores in both directions, with hubness and a calibration."""
-    model = score_both_ways(small_model(seed))
-    for modality, latents in paired_latents().items():
-        model.connector.frames[modality].fit(latents + 0.3)
-    return model
-
-
-def columns_of(start: int, count: int) -> dict[str, list]:
-    rows = range(start, start + count)
-    return {
-        "title": [None if n % 7 == 3 else NASTY[n % len(NASTY)] for n in rows],
-        "year": [1990 + n % 40 for n in rows],
-        "price": [None if n % 11 == 5 else n / 10 for n in rows],
-        "sold": [bool(n % 2) for n in rows],
-        "seen": [np.datetime64(1_700_000_000 + 86_400 * n, "s").item() for n in rows],
-    }
-
-
-def ids_of(start: int, count: int) -> list[str]:
-    return [f"{n:03} {NASTY[n % len(NASTY)]}" for n in range(start, start + count)]
-
-
 @pytest.fixture
 def store(tmp_path):
-    with LatentStore.create(tmp_path / "store", "image", ENTRY, columns=COLUMNS, shard_rows=100) as store:
-        store.append(ids_of(0, ROWS), paired_latents(ROWS)["image"], **columns_of(0, ROWS))
-    return store
+    return write_rows(tmp_path / "store")
 
 
 @pytest.fixture(scope="module")
 def model():
     return scored()
-
-
-def queries(count: int = 4) -> torch.Tensor:
-    return paired_latents(ROWS)["text"][:count]
-
-
-def assert_same(found, expected, columns: bool = True):
-    assert len(found) == len(expected)
-    for some, others in zip(found, expected, strict=True):
-        assert [hit.id for hit in some] == [hit.id for hit in others]
-        np.testing.assert_allclose([h.score for h in some], [h.score for h in others], atol=1e-4)
-        assert (some.confidence is None) == (others.confidence is None)
-        assert some.confidence is None or abs(some.confidence - others.confidence) < 1e-4
-        for hit, other in zip(some, others, strict=True) if columns else ():
-            seen = {"seen": str(other.columns["seen"])}  # dates are kept as text
-            assert hit.columns == other.columns | seen
 
 
 def test_results_are_those_of_the_exact_index_in_this_process(url, store, model):
@@ -349,10 +304,6 @@ def test_an_address_says_what_it_lacks():
         assert "secret" not in str(caught.value)
 
 
-def everything(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error)) + repr(error)
-
-
 @pytest.mark.parametrize("kind", ["postgresql", "milvus"])
 def test_nothing_answers(kind):
     where = f"{kind}://user:{QUOTED}@127.0.0.1:{free_port()}/x?table=t"
@@ -360,25 +311,6 @@ def test_nothing_answers(kind):
     with pytest.raises(ConnectionError, match=rf"{kind}://127.0.0.1:\d+/?x? ?.*'t'\)") as caught:
         databases.open_table(where)
     assert PASSWORD not in everything(caught.value) and QUOTED not in everything(caught.value)
-
-
-def test_no_secret_is_told(postgres, store, model, capsys):
-    wrong = postgres.replace(QUOTED, "wr0ng%2Fword") + "?table=t"
-    with pytest.raises(ConnectionError, match="password authentication failed") as caught:
-        databases.open_table(wrong)
-    assert "wr0ng" not in everything(caught.value)
-    with pytest.raises(RuntimeError, match='invalid URI query parameter: "nosuch"') as caught:
-        databases.open_table(f"{postgres}?table=t&nosuch={PASSWORD.replace('/', '%2F')}")
-    assert PASSWORD not in everything(caught.value)
-    with pytest.raises(SystemExit):
-        main(["import", wrong, "--modality", "image", "--like", str(store.path), "--out", str(store.path) + "2"])
-    assert "wr0ng" not in "".join(capsys.readouterr())
-    url = f"{postgres}?table=secrets"
-    ingest.ingest(store, url, model, progress=False)
-    table = databases.open_table(url)
-    index = open_index(model, None, "text->image", url)
-    for told in (table.address, repr(table.address), index.describe(), table.description):
-        assert PASSWORD not in str(told) and QUOTED not in str(told) and "altmoe:" not in str(told)
 
 
 def test_what_does_not_fit_is_said_in_a_sentence(server_url, store, model, tmp_path):
@@ -400,68 +332,3 @@ def test_what_does_not_fit_is_said_in_a_sentence(server_url, store, model, tmp_p
     named = LatentStore.create(tmp_path / "named", "image", ENTRY, columns={"100 %": "string"})
     with pytest.raises(ValueError, match=r"has a name of .*not '100 %'"):
         ingest.ingest(named, server_url + "x")
-
-
-def test_a_database_without_pgvector_says_how_to_get_it(postgres):
-    import psycopg
-
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE plain")
-    with pytest.raises(RuntimeError, match=r"has no pgvector.*CREATE EXTENSION vector"):
-        databases.open_table(postgres.replace("/postgres", "/plain") + "?table=t")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_pgvector_answers_from_its_index_and_under_rare_conditions_finds_all(
-    postgres, model, tmp_path, monkeypatch, dtype
-):
-    monkeypatch.setattr(databases, "FEW", 0)
-    rows, url = 3000, f"{postgres}?table=many_{dtype}"
-    with LatentStore.create(tmp_path, "image", ENTRY, dtype=dtype, columns={"part": "int64"}) as store:
-        latents = torch.nn.functional.normalize(torch.randn(rows, 24), dim=-1)
-        store.append([str(n) for n in range(rows)], latents, part=[n % 500 for n in range(rows)])
-    ingest.ingest(store, url, model, progress=False)
-    index = open_index(model, None, "text->image", url)
-    table = index.backend.table
-    with table._session() as connection:
-        connection.execute("SET LOCAL enable_seqscan = off")  # few enough rows for the planner to read them all
-        plan = connection.execute(
-            f"EXPLAIN {table._nearest_query(10, None).as_string(connection)}".replace("%s", f"'{[1] * 24}'")
-        )
-        assert f"Index Scan using many_{dtype}" in "".join(line for (line,) in plan)
-        assert table.kind == ("halfvec" if dtype == "float16" else "vector") and table.index == "hnsw"
-    exact = LatentIndex(model, store, "text->image", "exact")
-    assert_same(index.search(queries(3), 5, {"part": 77}), exact.search(queries(3), 5, {"part": 77}), columns=False)
-    vectors = torch.nn.functional.normalize(torch.randn(20, 24), dim=-1)
-    nearest = (vectors @ latents.T).topk(100).indices.tolist()
-    found = table.nearest(vectors.numpy(), 100, None)
-    assert np.mean([len({int(key) for key in a} & set(b)) for a, b in zip(found, nearest, strict=True)]) > 95
-    assert torch.equal(
-        store.take(store.rows_of(["5"])), torch.from_numpy(table.fetch(["5"], None, True)["5"].latent[None])
-    )
-
-
-def test_latents_too_wide_for_an_index_are_searched_row_by_row(postgres, tmp_path):
-    url = f"{postgres}?table=wide"
-    latents = torch.nn.functional.normalize(torch.randn(20, 4100), dim=-1)
-    with LatentStore.create(tmp_path, "image", {"latent_size": 4100}) as store:
-        store.append([str(n) for n in range(20)], latents)
-    ingest.ingest(store, url, progress=False)
-    table = databases.open_table(url)
-    assert table.index is None and table.nearest(latents[3:5].numpy(), 2, None)[1][0] == "4"
-    assert torch.equal(torch.from_numpy(table.fetch(["7"], None, True)["7"].latent), latents[7])
-
-
-def test_a_lost_connection_is_made_again(postgres, store, model):
-    import psycopg
-
-    url = f"{postgres}?table=lost"
-    ingest.ingest(store, url, model, progress=False)
-    index = open_index(model, None, "text->image", url)
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = 'postgres'"
-        )
-    with pytest.raises(ConnectionError, match=r"postgresql://127\.0\.0\.1"):
-        index.search(queries(1), 1)
-    assert len(index.search(queries(1), 1)[0]) == 1

@@ -114,8 +114,10 @@ def test_a_space_of_hub_names_only_names_them(tmp_path):
 
 
 def test_a_space_that_could_not_run_is_refused(tmp_path, project):
-    with pytest.raises(ValueError, match="neither a folder here nor a Hub name"):
+    with pytest.raises(FileNotFoundError, match=r"no folder '\.\./no/such/folder': expected a trained model"):
         write_space(tmp_path / "a", "../no/such/folder", {"image": "me/latents"})
+    with pytest.raises(ValueError, match="'me--you' is neither a folder here nor a Hub name"):
+        write_space(tmp_path / "a", "me--you", {"image": "me/latents"})
     with pytest.raises(ValueError, match="No store"):
         write_space(tmp_path / "b", "me/model", {})
     with pytest.raises(ValueError, match="not the name of a modality"):

@@ -26,7 +26,8 @@ IGNORED = shutil.ignore_patterns(".lock", "*.tmp", "__pycache__", ".cache", ".gi
 
 def _place(folder: Path, inside: str, name: str | os.PathLike) -> tuple[str, bool]:
     """A Hub name as it is; a local folder copied to `inside`. Returns the name to use and whether the Hub has it."""
-    if is_folder(name, f"what becomes '{inside}'", "model" if inside == "model" else "dataset"):
+    what = {"model": "a trained model", "data": "a data set"}.get(inside, "a LatentStore")
+    if is_folder(name, what, "model" if inside == "model" else "dataset"):
         shutil.copytree(name, folder / inside, ignore=IGNORED, dirs_exist_ok=True)
         return inside, False
     try:
@@ -67,8 +68,8 @@ def write_space(
         the folder's path.
 
     Raises:
-        ValueError: no store, a name that is neither a folder nor a Hub name, or encoders that only this machine has.
-        FileNotFoundError: a local model without config.json.
+        ValueError: no store, a name that cannot be one on the Hub, or encoders that only this machine has.
+        FileNotFoundError: no such folder, or a local model without config.json.
     """
     if not stores:
         raise ValueError("No store: a Space needs at least one, e.g. {'image': 'me/my-latents'}.")

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import RESULTS, keep, read_results
 from modeling_altmoe import AltMoEModel, LatentStore
-from modeling_altmoe.index_altmoe import TUNING_K, _knob, _parameters
+from modeling_altmoe.effort_altmoe import TUNING_K, WIDER, knob_of, search_parameters, shorten
 from modeling_altmoe.index_files_altmoe import update
 from modeling_altmoe.scoring_altmoe import query_vectors
 from modeling_altmoe.search_altmoe import QUERIES, LatentIndex
@@ -78,27 +78,36 @@ def prepare(data: str, folder: Path) -> tuple[AltMoEModel, dict[str, torch.Tenso
 
 
 def expand(real: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
-    """`rows` latents between real ones and their neighbours, of the real ones' length."""
+    """`rows` latents between real ones and their neighbours, of the real ones' length; float16."""
     generator = torch.Generator().manual_seed(seed)
     unit = F.normalize(real - real.mean(0), dim=-1)
     neighbours = (unit @ unit.T).topk(min(11, len(real)), dim=1).indices[:, 1:]
     first = torch.randint(len(real), (rows,), generator=generator)
     second = neighbours[first, torch.randint(neighbours.shape[1], (rows,), generator=generator)]
     weight = torch.rand(rows, 1, generator=generator) / 2
-    mixed = real[first] * (1 - weight) + real[second] * weight
-    mixed += real.std(0) / 3 * torch.randn(mixed.shape, generator=generator)
-    return F.normalize(mixed, dim=-1) * real.norm(dim=-1).mean()
+    spread, length = real.std(0) / 3, real.norm(dim=-1).mean()
+    result = torch.empty(rows, real.shape[1], dtype=torch.float16)
+    noise = torch.empty(512, real.shape[1])  # a few rows at a time, which stay in the processor's cache
+    for here in torch.arange(rows).split(len(noise)):
+        mixed = torch.lerp(real[first[here]], real[second[here]], weight[here])
+        mixed.addcmul_(noise[: len(here)].normal_(generator=generator), spread)
+        result[here[0] : here[-1] + 1] = mixed.mul_(length / mixed.norm(dim=1, keepdim=True))
+    return result
 
 
 def gallery(model: AltMoEModel, modality: str, real: torch.Tensor, rows: int, folder: Path) -> LatentStore:
-    """A store of the real latents and what `expand` makes of them, float16, written in chunks; column `part`: 0 to 999."""
-    encoder, chunk = model.config.encoders[modality], 20_000
-    with LatentStore.create(folder, modality, encoder, dtype="float16", columns={"part": "int32"}) as store:
+    """A store of the real latents and what `expand` makes of them, float16, written in chunks; column `part`: 0 to 999.
+
+    One that an interrupted run left is gone on with: every chunk has its own seed, and shards end where chunks do.
+    """
+    encoder, chunk = model.config.encoders[modality], min(100_000, max(20_000, rows // 10))
+    layout = {"dtype": "float16", "columns": {"part": "int32"}, "shard_rows": chunk}
+    with LatentStore.create(folder, modality, encoder, **layout) as store:
         for start in range(len(store), rows, chunk):
             size = min(chunk, rows - start)
-            some = expand(real, size, start) if start else torch.cat([real, expand(real, size, 0)])[:size]
-            names = [str(row) for row in range(start, start + size)]
-            store.append(names, some, part=[(row * 7919) % 1000 for row in range(start, start + size)])
+            some = expand(real, size, start) if start else torch.cat([real.half(), expand(real, size, 0)])[:size]
+            numbers = range(start, start + size)
+            store.append([str(row) for row in numbers], some, part=[(row * 7919) % 1000 for row in numbers])
     return LatentStore.open(folder)
 
 
@@ -130,21 +139,31 @@ def percentiles(function, arguments: list[tuple]) -> dict[str, float]:
     return {"p50_ms": float(p50), "p99_ms": float(p99), "cpu_ms": float(np.median(cpu) * 1e3)}
 
 
+def effort_of(index: LatentIndex, k: int) -> tuple[int, object]:
+    """The approximate index's short list for `k` results, and FAISS's search parameters."""
+    effort, knob = index.backend.effort, knob_of(index.backend.index)
+    parameters = search_parameters(index.backend.index, effort[knob], None) if knob else None
+    return effort["short_list"] * k // TUNING_K, parameters
+
+
 def bare_faiss(index: LatentIndex, queries: torch.Tensor, k: int) -> np.ndarray:
-    """FAISS called directly: the exact index, or the approximate one's short list."""
+    """FAISS called directly: the exact index, or all that the approximate one gives."""
     backend, vectors = index.backend, queries.numpy()
     if backend.factory == "exact":
         return backend.index.search(vectors, k)[1]
-    effort, knob = backend.effort, _knob(backend.index)
-    parameters = _parameters(backend.index, effort[knob], None) if knob else None
-    coarse = np.ascontiguousarray(vectors[:, :-1])
-    return backend.index.search(coarse, effort["short_list"] * k // TUNING_K, params=parameters)[1]
+    short, parameters = effort_of(index, k)
+    return backend.index.search(np.ascontiguousarray(vectors[:, :-1]), WIDER * short, params=parameters)[1]
 
 
 def bare_search(index: LatentIndex, queries: torch.Tensor, k: int):
     """The same work without our layer: FAISS called directly, its short list ranked again with the stored vectors."""
-    found = bare_faiss(index, queries, k)
-    return found if index.backend.factory == "exact" else index.backend._rank(queries.numpy(), k, found)
+    backend = index.backend
+    if backend.factory == "exact":
+        return bare_faiss(index, queries, k)
+    short, parameters = effort_of(index, k)
+    return backend.rank(
+        queries.numpy(), k, shorten(backend.index, queries.numpy(), short, parameters, backend.kept.hubness)
+    )
 
 
 def measure(run: str, folder: str, direction: str, queries: torch.Tensor, batch: int) -> dict:

@@ -5,11 +5,13 @@ rotated into 768 dimensions (nothing that these items span is lost), a connector
 captions are the queries: real cross-modal ones, out of the gallery's distribution. Real pictures are few, so a gallery is
 made of them: each item lies between a real latent and one of its ten nearest neighbours, with noise of a third of each
 dimension's spread. What is measured of the ranking is agreement with an exact search of the same gallery, not retrieval
-quality. `--rows 10000000` writes 16 GB of float16 latents in chunks and an index of 18 GB; galleries are deleted afterwards.
+quality. `--rows 10000000` writes 16 GB of float16 latents in chunks and an index of 18 GB. A run that was interrupted goes on
+where its gallery or its index was; both are deleted when they are measured (`--keep` leaves them).
 Latencies are wall-clock time; what parts of the work cost is processor time, which other users of a machine change less.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -231,24 +233,21 @@ def on_disk(folder: Path) -> float:
 
 
 def run_size(model, real, test, run: Path, folder: Path, rows: int, direction: str, index: str, batch: int) -> dict:
-    """Write a gallery, index it, measure it, delete it."""
+    """Write a gallery, index it, measure it. What an interrupted run left in the folder is not done again."""
     source, _, target = direction.partition("->")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        start = time.perf_counter()
-        store = gallery(model, target, real[target], rows, folder)
-        result = {"rows": rows, "direction": direction, "store_mb": on_disk(folder)}
-        print(f"{rows:,} rows written in {time.perf_counter() - start:.0f} s", flush=True)
-        start = time.perf_counter()
-        backend, place, _ = update(model, store, direction, index)
-        result["factory"] = backend.factory
-        result["build_seconds"], result["index_mb"] = time.perf_counter() - start, on_disk(place)
-        print(f"{rows:,} rows indexed in {result['build_seconds']:.0f} s", flush=True)
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-            result |= alone.submit(measure, str(run), str(folder), direction, test[source], batch).result()
-        return result
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    start = time.perf_counter()
+    store = gallery(model, target, real[target], rows, folder)
+    print(f"{rows:,} rows written in {time.perf_counter() - start:.0f} s", flush=True)
+    start, kept = time.perf_counter(), folder / f"built-{index}.json"
+    backend, place, done = update(model, store, direction, index)
+    if done != "up to date" or not kept.exists():
+        kept.write_text(json.dumps({"build_seconds": time.perf_counter() - start}))
+    index_mb = on_disk(place)
+    result = {"rows": rows, "direction": direction, "store_mb": on_disk(folder) - on_disk(folder / "index")}
+    result |= {"factory": backend.factory, "index_mb": index_mb, **json.loads(kept.read_text())}
+    print(f"{rows:,} rows indexed in {result['build_seconds']:.0f} s: {backend.describe()}", flush=True)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        return result | alone.submit(measure, str(run), str(folder), direction, test[source], batch).result()
 
 
 def table(results: dict) -> str:
@@ -289,6 +288,7 @@ def main() -> None:
     parser.add_argument("--index", default="auto", help="auto, exact or a FAISS factory string (default: auto)")
     parser.add_argument("--batch", type=int, default=1000, help="queries of the batch (default: 1000)")
     parser.add_argument("--no_coco", action="store_true", help="leave out the shapes of COCO-5K")
+    parser.add_argument("--keep", action="store_true", help="leave galleries and their indexes, for another run")
     parser.add_argument("--work", default="build/search", help="where galleries are written (default: build/search)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -300,9 +300,11 @@ def main() -> None:
         tasks |= {f"COCO-5K, {d}": (d, items, queries) for d, (items, queries) in COCO.items()}
     for name, (direction, rows, batch) in tasks.items():
         name += "" if arguments.index == "auto" else f", {arguments.index}"
-        folder = work / f"gallery-{rows}-{os.getpid()}"
+        folder = work / f"gallery-{direction.partition('->')[2]}-{rows}"
         measured = run_size(model, real, test, work / "model", folder, rows, direction, arguments.index, batch)
         results = keep(PATH, about, "sizes", [name], measured)
+        if not arguments.keep:
+            shutil.rmtree(folder)
         print(measured, flush=True)
     print(f"\n{about['machine']}; queries: {len(test['text'])} held-out items of {arguments.data}\n\n{table(results)}")
 

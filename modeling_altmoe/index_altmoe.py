@@ -45,7 +45,7 @@ EXACT_MATCHES = 20_000  # rows that meet a condition are searched one by one up 
 BATCH_ROWS = 16_384  # added at a time
 DERIVED_ROWS = 512  # through the connector at a time: what it makes of them stays in the processor's cache
 HNSW_LISTS = 2048  # from here on a graph finds a vector's lists faster than comparing all of them
-TRAINING_ROWS = 20  # a list; with more it only takes longer
+TRAINING_ROWS, TRAINING_ROUNDS = 20, 5  # rows a list; with more it only takes longer
 logger = logging.getLogger(__name__)
 
 
@@ -269,6 +269,7 @@ class LocalBackend:
                         f"'{self.factory}' has {lists} lists, '{self.store.path}' only {len(self.store)} rows."
                     )
                 inverted.cp.min_points_per_centroid = 1  # it would warn below 39
+                inverted.cp.niter = TRAINING_ROUNDS
                 with contextlib.suppress(AttributeError):  # a graph over the lists: look well for each item's
                     faiss.downcast_index(inverted.quantizer).hnsw.efSearch = 32
             count = min(len(self.store), max(TRAINING_ROWS * lists, 10_240))

@@ -327,8 +327,12 @@ class LatentStore(StoreWriter):
         Raises:
             IndexError: a row out of range.
         """
-        values = [self.column(name, rows) for name in ("id", *self.columns)]
-        return [dict(zip(("id", *self.columns), record, strict=True)) for record in zip(*values, strict=True)]
+        names, result = ("id", *self.columns), [{}] * len(np.asarray(rows).reshape(-1))
+        for shard, here, numbers in self._parts(rows):
+            columns = [shard.values(name, numbers) for name in names]
+            for place, *values in zip(np.arange(len(result))[here].tolist(), *columns, strict=True):
+                result[place] = dict(zip(names, values, strict=True))
+        return result
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Row numbers of some ids, `(len(ids),)` int64; -1 for an id that is not there."""

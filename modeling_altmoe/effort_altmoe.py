@@ -18,7 +18,7 @@ except ImportError:
 
 TUNING_QUERIES = 128  # of the training bank
 TUNING_K = 10  # recall is measured of the ten best
-SHORT_LISTS = (50, 100, 200, 400, 800, 1600, 3200)
+SHORT_LISTS = (25, 50, 100, 200, 400, 800, 1600, 3200)
 RANKED_ROW = 32  # ranking a row again costs about as much as scanning this many codes
 WIDER = 4  # the index gives so many times the short list: it knows nothing of hubness, which then picks from them
 

@@ -5,11 +5,13 @@ rotated into 768 dimensions (nothing that these items span is lost), a connector
 captions are the queries: real cross-modal ones, out of the gallery's distribution. Real pictures are few, so a gallery is
 made of them: each item lies between a real latent and one of its ten nearest neighbours, with noise of a third of each
 dimension's spread. What is measured of the ranking is agreement with an exact search of the same gallery, not retrieval
-quality. `--rows 10000000` writes 16 GB of float16 latents in chunks and an index of 18 GB; galleries are deleted afterwards.
+quality. `--rows 10000000` writes 16 GB of float16 latents in chunks and an index of 18 GB. A run that was interrupted goes on
+where its gallery or its index was; both are deleted when they are measured (`--keep` leaves them).
 Latencies are wall-clock time; what parts of the work cost is processor time, which other users of a machine change less.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import RESULTS, keep, read_results
 from modeling_altmoe import AltMoEModel, LatentStore
-from modeling_altmoe.index_altmoe import TUNING_K, _knob, _parameters
+from modeling_altmoe.effort_altmoe import TUNING_K, WIDER, knob_of, search_parameters, shorten
 from modeling_altmoe.index_files_altmoe import update
 from modeling_altmoe.scoring_altmoe import query_vectors
 from modeling_altmoe.search_altmoe import QUERIES, LatentIndex
@@ -39,6 +41,7 @@ SIZE = 768
 PATH = RESULTS / "search.json"
 COCO = {"text->image": (5_000, 25_000), "image->text": (25_000, 5_000)}  # direction: items, queries
 DIRECTION = "text->image"
+OVERHEAD_BATCH = 1000  # queries; both ways are run four times
 
 
 # ---------------------------------------------------------------- model and galleries
@@ -78,27 +81,36 @@ def prepare(data: str, folder: Path) -> tuple[AltMoEModel, dict[str, torch.Tenso
 
 
 def expand(real: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
-    """`rows` latents between real ones and their neighbours, of the real ones' length."""
+    """`rows` latents between real ones and their neighbours, of the real ones' length; float16."""
     generator = torch.Generator().manual_seed(seed)
     unit = F.normalize(real - real.mean(0), dim=-1)
     neighbours = (unit @ unit.T).topk(min(11, len(real)), dim=1).indices[:, 1:]
     first = torch.randint(len(real), (rows,), generator=generator)
     second = neighbours[first, torch.randint(neighbours.shape[1], (rows,), generator=generator)]
     weight = torch.rand(rows, 1, generator=generator) / 2
-    mixed = real[first] * (1 - weight) + real[second] * weight
-    mixed += real.std(0) / 3 * torch.randn(mixed.shape, generator=generator)
-    return F.normalize(mixed, dim=-1) * real.norm(dim=-1).mean()
+    spread, length = real.std(0) / 3, real.norm(dim=-1).mean()
+    result = torch.empty(rows, real.shape[1], dtype=torch.float16)
+    noise = torch.empty(512, real.shape[1])  # a few rows at a time, which stay in the processor's cache
+    for here in torch.arange(rows).split(len(noise)):
+        mixed = torch.lerp(real[first[here]], real[second[here]], weight[here])
+        mixed.addcmul_(noise[: len(here)].normal_(generator=generator), spread)
+        result[here[0] : here[-1] + 1] = mixed.mul_(length / mixed.norm(dim=1, keepdim=True))
+    return result
 
 
 def gallery(model: AltMoEModel, modality: str, real: torch.Tensor, rows: int, folder: Path) -> LatentStore:
-    """A store of the real latents and what `expand` makes of them, float16, written in chunks; column `part`: 0 to 999."""
-    encoder, chunk = model.config.encoders[modality], 20_000
-    with LatentStore.create(folder, modality, encoder, dtype="float16", columns={"part": "int32"}) as store:
+    """A store of the real latents and what `expand` makes of them, float16, written in chunks; column `part`: 0 to 999.
+
+    One that an interrupted run left is gone on with: every chunk has its own seed, and shards end where chunks do.
+    """
+    encoder, chunk = model.config.encoders[modality], min(100_000, max(20_000, rows // 10))
+    layout = {"dtype": "float16", "columns": {"part": "int32"}, "shard_rows": chunk}
+    with LatentStore.create(folder, modality, encoder, **layout) as store:
         for start in range(len(store), rows, chunk):
             size = min(chunk, rows - start)
-            some = expand(real, size, start) if start else torch.cat([real, expand(real, size, 0)])[:size]
-            names = [str(row) for row in range(start, start + size)]
-            store.append(names, some, part=[(row * 7919) % 1000 for row in range(start, start + size)])
+            some = expand(real, size, start) if start else torch.cat([real.half(), expand(real, size, 0)])[:size]
+            numbers = range(start, start + size)
+            store.append([str(row) for row in numbers], some, part=[(row * 7919) % 1000 for row in numbers])
     return LatentStore.open(folder)
 
 
@@ -130,21 +142,31 @@ def percentiles(function, arguments: list[tuple]) -> dict[str, float]:
     return {"p50_ms": float(p50), "p99_ms": float(p99), "cpu_ms": float(np.median(cpu) * 1e3)}
 
 
+def effort_of(index: LatentIndex, k: int) -> tuple[int, object]:
+    """The approximate index's short list for `k` results, and FAISS's search parameters."""
+    effort, knob = index.backend.effort, knob_of(index.backend.index)
+    parameters = search_parameters(index.backend.index, effort[knob], None) if knob else None
+    return effort["short_list"] * k // TUNING_K, parameters
+
+
 def bare_faiss(index: LatentIndex, queries: torch.Tensor, k: int) -> np.ndarray:
-    """FAISS called directly: the exact index, or the approximate one's short list."""
+    """FAISS called directly: the exact index, or all that the approximate one gives."""
     backend, vectors = index.backend, queries.numpy()
     if backend.factory == "exact":
         return backend.index.search(vectors, k)[1]
-    effort, knob = backend.effort, _knob(backend.index)
-    parameters = _parameters(backend.index, effort[knob], None) if knob else None
-    coarse = np.ascontiguousarray(vectors[:, :-1])
-    return backend.index.search(coarse, effort["short_list"] * k // TUNING_K, params=parameters)[1]
+    short, parameters = effort_of(index, k)
+    return backend.index.search(np.ascontiguousarray(vectors[:, :-1]), WIDER * short, params=parameters)[1]
 
 
 def bare_search(index: LatentIndex, queries: torch.Tensor, k: int):
     """The same work without our layer: FAISS called directly, its short list ranked again with the stored vectors."""
-    found = bare_faiss(index, queries, k)
-    return found if index.backend.factory == "exact" else index.backend._rank(queries.numpy(), k, found)
+    backend = index.backend
+    if backend.factory == "exact":
+        return bare_faiss(index, queries, k)
+    short, parameters = effort_of(index, k)
+    return backend.rank(
+        queries.numpy(), k, shorten(backend.index, queries.numpy(), short, parameters, backend.kept.hubness)
+    )
 
 
 def measure(run: str, folder: str, direction: str, queries: torch.Tensor, batch: int) -> dict:
@@ -182,7 +204,7 @@ def measure(run: str, folder: str, direction: str, queries: torch.Tensor, batch:
         return float(100 * (np.median(times[index.search]) / np.median(times[bare]) - 1))
 
     many = queries.repeat(batch // len(queries) + 1, 1)[:batch]
-    result["overhead_percent"] = {"single": overhead(2 * singles), "batch": overhead(4 * [many])}
+    result["overhead_percent"] = {"single": overhead(2 * singles), "batch": overhead(4 * [many[:OVERHEAD_BATCH]])}
     wall = min(seconds(index.search, many, k) for _ in range(3))
     cpu = min(seconds(index.search, many, k, clock=time.process_time) for _ in range(3))
     result["batch"] = {"queries": batch, "per_second": batch / wall, "per_cpu_second": batch / cpu}
@@ -212,24 +234,21 @@ def on_disk(folder: Path) -> float:
 
 
 def run_size(model, real, test, run: Path, folder: Path, rows: int, direction: str, index: str, batch: int) -> dict:
-    """Write a gallery, index it, measure it, delete it."""
+    """Write a gallery, index it, measure it. What an interrupted run left in the folder is not done again."""
     source, _, target = direction.partition("->")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        start = time.perf_counter()
-        store = gallery(model, target, real[target], rows, folder)
-        result = {"rows": rows, "direction": direction, "store_mb": on_disk(folder)}
-        print(f"{rows:,} rows written in {time.perf_counter() - start:.0f} s", flush=True)
-        start = time.perf_counter()
-        backend, place, _ = update(model, store, direction, index)
-        result["factory"] = backend.factory
-        result["build_seconds"], result["index_mb"] = time.perf_counter() - start, on_disk(place)
-        print(f"{rows:,} rows indexed in {result['build_seconds']:.0f} s", flush=True)
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-            result |= alone.submit(measure, str(run), str(folder), direction, test[source], batch).result()
-        return result
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    start = time.perf_counter()
+    store = gallery(model, target, real[target], rows, folder)
+    print(f"{rows:,} rows written in {time.perf_counter() - start:.0f} s", flush=True)
+    start, kept = time.perf_counter(), folder / f"built-{index}.json"
+    backend, place, done = update(model, store, direction, index)
+    if done != "up to date" or not kept.exists():
+        kept.write_text(json.dumps({"build_seconds": time.perf_counter() - start}))
+    index_mb = on_disk(place)
+    result = {"rows": rows, "direction": direction, "store_mb": on_disk(folder) - on_disk(folder / "index")}
+    result |= {"factory": backend.factory, "index_mb": index_mb, **json.loads(kept.read_text())}
+    print(f"{rows:,} rows indexed in {result['build_seconds']:.0f} s: {backend.describe()}", flush=True)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        return result | alone.submit(measure, str(run), str(folder), direction, test[source], batch).result()
 
 
 def table(results: dict) -> str:
@@ -270,6 +289,7 @@ def main() -> None:
     parser.add_argument("--index", default="auto", help="auto, exact or a FAISS factory string (default: auto)")
     parser.add_argument("--batch", type=int, default=1000, help="queries of the batch (default: 1000)")
     parser.add_argument("--no_coco", action="store_true", help="leave out the shapes of COCO-5K")
+    parser.add_argument("--keep", action="store_true", help="leave galleries and their indexes, for another run")
     parser.add_argument("--work", default="build/search", help="where galleries are written (default: build/search)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -281,9 +301,11 @@ def main() -> None:
         tasks |= {f"COCO-5K, {d}": (d, items, queries) for d, (items, queries) in COCO.items()}
     for name, (direction, rows, batch) in tasks.items():
         name += "" if arguments.index == "auto" else f", {arguments.index}"
-        folder = work / f"gallery-{rows}-{os.getpid()}"
+        folder = work / f"gallery-{direction.partition('->')[2]}-{rows}"
         measured = run_size(model, real, test, work / "model", folder, rows, direction, arguments.index, batch)
         results = keep(PATH, about, "sizes", [name], measured)
+        if not arguments.keep:
+            shutil.rmtree(folder)
         print(measured, flush=True)
     print(f"\n{about['machine']}; queries: {len(test['text'])} held-out items of {arguments.data}\n\n{table(results)}")
 

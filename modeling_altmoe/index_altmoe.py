@@ -3,20 +3,22 @@
 Comes in: a model, a store, a direction. Goes out: a backend; the store itself is never changed. A small store is searched
 exactly: the both-direction score with its hubness correction is one inner product (see `scoring_altmoe`), so one pass over
 whole item vectors finds the best. For a large store an approximate index over the same vectors, without their last
-component, gives a short list, which is ranked again with what is stored: the store's latents, and beside the index what
-the connector predicts from each item and its hubness, computed once. So no search runs the connector on items, and every
-score is the whole score. Filters look exactly where few rows meet them, and inside the index otherwise.
+component, gives a list, which that component (hubness) shortens, and which is ranked again with what is stored: the
+store's latents, and beside the index what the connector predicts from each item and its hubness, computed once. So no
+search runs the connector on items, and every score is the whole score. Filters look exactly where few rows meet them, and
+inside the index otherwise.
 """
 
+import contextlib
 import logging
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 try:  # searching a store needs it, loading a checkpoint does not
     import faiss
@@ -24,16 +26,26 @@ except ImportError:
     faiss = None
 
 from .backend_altmoe import ShortList
-from .scoring_altmoe import item_vectors
+from .effort_altmoe import (
+    TUNING_K,
+    WIDER,
+    Best,
+    bank_queries,
+    choose_effort,
+    highest,
+    knob_of,
+    search_parameters,
+    shorten,
+)
+from .scoring_altmoe import item_parts, item_vectors
 from .where_altmoe import rows_where
 
 EXACT_ROWS = 20_000  # up to here "auto" is exact: a few milliseconds and about 100 MB
 EXACT_MATCHES = 20_000  # rows that meet a condition are searched one by one up to here
-BATCH_ROWS = 16_384  # worked on at a time
-TUNING_QUERIES = 128  # of the training bank
-TUNING_K = 10  # recall is measured of the ten best
-SHORT_LISTS = (50, 100, 200, 400, 800)
-RANKED_ROW = 32  # ranking a row again costs about as much as scanning this many codes
+BATCH_ROWS = 16_384  # added at a time
+DERIVED_ROWS = 512  # through the connector at a time: what it makes of them stays in the processor's cache
+HNSW_LISTS = 2048  # from here on a graph finds a vector's lists faster than comparing all of them
+TRAINING_ROWS, TRAINING_ROUNDS = 20, 5  # rows a list; with more it only takes longer
 logger = logging.getLogger(__name__)
 
 
@@ -43,8 +55,9 @@ def choose_index(index: str, rows: int) -> str:
         return index
     if rows <= EXACT_ROWS:
         return "exact"
-    lists = 2 ** min(13, round(math.log2(2 * rows**0.5)))
-    return f"IVF{lists},RaBitQ"
+    lists = 2 ** min(12, round(math.log2(2 * rows**0.5)))
+    # turned at random (RR) first, codes of one bit are off by half as much (measured), and a quarter need be ranked again
+    return f"RR,IVF{lists}{'_HNSW32' if lists >= HNSW_LISTS else ''},RaBitQ"
 
 
 class Kept:
@@ -54,16 +67,29 @@ class Kept:
     def __init__(self, parts: list[tuple[np.ndarray, np.ndarray]] | None = None):
         self.parts = list(parts or [])
 
-    def take(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of some items, as float32."""
-        predicted = np.empty((len(positions), self.parts[0][0].shape[1]), dtype=np.float16)
-        hubness = np.empty(len(positions), dtype=np.float32)
+    def _parts(self, positions: np.ndarray):
         start = 0
         for vectors, scalars in self.parts:
+            if len(self.parts) == 1:
+                yield slice(None), vectors, scalars, positions
+                return
             here = np.flatnonzero((positions >= start) & (positions < start + len(scalars)))
-            predicted[here], hubness[here] = vectors[positions[here] - start], scalars[positions[here] - start]
+            yield here, vectors, scalars, positions[here] - start
             start += len(scalars)
-        return torch.from_numpy(predicted.astype(np.float32)), torch.from_numpy(hubness)
+
+    def predicted(self, positions: np.ndarray) -> torch.Tensor:
+        """Predictions of some items, float16."""
+        result = np.empty((len(positions), self.parts[0][0].shape[1]), dtype=np.float16)
+        for here, vectors, _, numbers in self._parts(positions):
+            result[here] = vectors.take(numbers, axis=0)  # several times faster than [...]
+        return torch.from_numpy(result)
+
+    def hubness(self, positions: np.ndarray) -> np.ndarray:
+        """Hubness of items at positions of any shape."""
+        result = np.empty(positions.size, dtype=np.float32)
+        for here, _, scalars, numbers in self._parts(positions.reshape(-1)):
+            result[here] = scalars.take(numbers)
+        return result.reshape(positions.shape)
 
 
 class LocalBackend:
@@ -121,11 +147,11 @@ class LocalBackend:
         if self.factory == "exact":
             parameters = None if selector is None else faiss.SearchParameters(sel=selector)
             scores, positions = self.index.search(vectors, wanted, params=parameters)
-        elif matching is not None and (candidates <= EXACT_MATCHES or self._knob() is None):
+        elif matching is not None and (candidates <= EXACT_MATCHES or knob_of(self.index) is None):
             positions, scores = self._scan(vectors, wanted, matching)
         else:
             found = self._approximate(vectors, wanted, candidates, selector, where is not None)
-            positions, scores = self._rank(vectors, wanted, found)
+            positions, scores = self.rank(vectors, wanted, found)
         return self._short_list(positions, scores, candidates)
 
     def _select(self, where: dict | None):
@@ -157,48 +183,47 @@ class LocalBackend:
         """A short list of positions a query, by the index; it looks further where a condition hides much."""
         margin = 2 if filtered else 1  # what meets a condition may lie apart from where the index was tuned
         short = min(candidates, max(margin * self.effort["short_list"] * k // TUNING_K, k))
-        coarse = np.ascontiguousarray(vectors[:, :-1])
-        knob = self._knob()
+        knob = knob_of(self.index)
         if knob is None:
-            return self.index.search(coarse, short)[1]
-        highest = _highest(self.index)
-        effort = min(highest, max(1, round(margin * self.effort[knob] * self.index.ntotal / candidates)))
-        effort = max(effort, short) if knob == "efSearch" else effort
+            return shorten(self.index, vectors, short, None, self.kept.hubness)
+        most = highest(self.index)
+        effort = min(most, max(1, round(margin * self.effort[knob] * self.index.ntotal / candidates)))
+        effort = max(effort, WIDER * short) if knob == "efSearch" else effort
         while True:
-            found = self.index.search(coarse, short, params=_parameters(self.index, effort, selector))[1]
-            if effort >= highest or (found >= 0).sum(1).min() >= k:
+            parameters = search_parameters(self.index, effort, selector)
+            found = shorten(self.index, vectors, short, parameters, self.kept.hubness)
+            if effort >= most or (found >= 0).sum(1).min() >= k:
                 return found
-            effort = min(highest, 4 * effort)
+            effort = min(most, 4 * effort)
 
-    def _knob(self) -> str | None:
-        """What makes this index look harder."""
-        return _knob(self.index)
-
-    def _vectors(self, positions: np.ndarray) -> torch.Tensor:
-        """Whole item vectors from what is stored: `(m, d)` float32."""
+    def _parts(self, positions: np.ndarray) -> list[torch.Tensor]:
+        """Whole item vectors from what is stored, in parts side by side: `(m, ...)` float32. Positions are in order."""
         rows = positions if self._positions is None else np.searchsorted(self._positions, positions)
-        predicted, hubness = self.kept.take(positions)
-        latents = self.store.take(rows).to(self.model.device)
-        with torch.no_grad():
-            return item_vectors(self.model, self.post, self.direction, latents, hubness, predicted).float().cpu()
+        predicted, hubness = self.kept.predicted(positions), torch.from_numpy(self.kept.hubness(positions))
+        given = (one.to(self.model.device) for one in (self.store.take(rows), hubness, predicted))
+        return [part.float().cpu() for part in item_parts(self.model, self.post, self.direction, *given)]
 
-    def _rank(self, vectors: np.ndarray, k: int, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` best of a short list of positions `(queries, short)` by the whole score."""
-        distinct, places = np.unique(np.maximum(found, 0), return_inverse=True)
-        items, places = self._vectors(distinct), torch.from_numpy(places.reshape(found.shape))
-        scores = torch.stack(
-            [items[of] @ query for of, query in zip(places, torch.from_numpy(vectors), strict=True)]
-        )  # (queries, short)
-        scores = scores.masked_fill(torch.from_numpy(found) < 0, -torch.inf)
-        best, order = scores.topk(min(k, scores.shape[1]), dim=1)
-        return np.take_along_axis(found, order.numpy(), 1), best.numpy()
+    def rank(self, vectors: np.ndarray, k: int, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The `k` best of a short list of positions `(queries, short)` by the whole score, with their scores."""
+        positions = np.full((len(found), min(k, found.shape[1])), -1, dtype=np.int64)
+        scores = np.full(positions.shape, -np.inf, dtype=np.float32)
+        for number, query in enumerate(torch.from_numpy(vectors)):  # one at a time stays in the processor's cache
+            short = np.sort(found[number])
+            short = short[np.searchsorted(short, 0) :]  # -1 stands for "fewer were found"
+            if not len(short):
+                continue
+            parts = self._parts(short)
+            score = sum(part @ some for part, some in zip(parts, query.split([p.shape[1] for p in parts]), strict=True))
+            best, order = score.topk(min(k, len(short)))
+            positions[number, : len(best)], scores[number, : len(best)] = short[order.numpy()], best.numpy()
+        return positions, scores
 
     def _scan(self, vectors: np.ndarray, k: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The `k` best of some positions by the whole score, exactly."""
         best = Best(torch.from_numpy(vectors), k)
-        for start in range(0, len(positions), BATCH_ROWS):
-            part = positions[start : start + BATCH_ROWS]
-            best.see(self._vectors(part), torch.from_numpy(part))
+        for start in range(0, len(positions), DERIVED_ROWS):
+            part = positions[start : start + DERIVED_ROWS]
+            best.see(torch.cat(self._parts(part), dim=1), torch.from_numpy(part))
         return best.positions.numpy(), best.scores.numpy()
 
     def _short_list(self, positions: np.ndarray, scores: np.ndarray, candidates: int) -> ShortList:
@@ -239,23 +264,32 @@ class LocalBackend:
         if not self.index.is_trained:
             inverted = faiss.try_extract_index_ivf(self.index)
             lists = inverted.nlist if inverted is not None else 1024
-            if inverted is not None and lists > len(self.store):
-                raise ValueError(
-                    f"'{self.factory}' has {lists} lists, '{self.store.path}' only {len(self.store)} rows."
-                )
-            count = min(len(self.store), max(40 * lists, 10_240))  # FAISS asks for 39 a centroid
+            if inverted is not None:
+                if lists > len(self.store):
+                    raise ValueError(
+                        f"'{self.factory}' has {lists} lists, '{self.store.path}' only {len(self.store)} rows."
+                    )
+                inverted.cp.min_points_per_centroid = 1  # it would warn below 39
+                inverted.cp.niter = TRAINING_ROUNDS
+                with contextlib.suppress(AttributeError):  # a graph over the lists: look well for each item's
+                    faiss.downcast_index(inverted.quantizer).hnsw.efSearch = 32
+            count = min(len(self.store), max(TRAINING_ROWS * lists, 10_240))
             rows = np.sort(np.random.default_rng(0).choice(len(self.store), count, replace=False))
-            sample = [self._derive(rows[i : i + BATCH_ROWS])[:, :-1] for i in range(0, count, BATCH_ROWS)]
-            self.index.train(np.ascontiguousarray(np.concatenate(sample)))
+            self.index.train(np.ascontiguousarray(self._derive(rows)[:, :-1]))
 
     def _derive(self, rows: np.ndarray) -> np.ndarray:
         """Whole item vectors by the model: `(m, d)` float32."""
-        latents = self.store.take(rows).to(self.model.device)
-        with torch.no_grad():
-            return item_vectors(self.model, self.post, self.direction, latents).float().cpu().numpy()
+        result = None
+        for start in range(0, len(rows), DERIVED_ROWS):
+            latents = self.store.take(rows[start : start + DERIVED_ROWS]).to(self.model.device)
+            items = item_vectors(self.model, self.post, self.direction, latents).float().cpu().numpy()
+            if result is None:
+                result = np.empty((len(rows), items.shape[1]), dtype=np.float32)
+            result[start : start + len(items)] = items
+        return result
 
     def add(
-        self, start: int, allocate: Callable = np.empty, best: "Best | None" = None, progress: Callable = iter
+        self, start: int, allocate: Callable = np.empty, best: Best | None = None, progress: Callable = iter
     ) -> None:
         """Add the store's rows from `start` on.
 
@@ -265,96 +299,43 @@ class LocalBackend:
             progress: wraps the iteration over batches.
         """
         size, kept = len(self.store) - start, None
-        for first in progress(range(start, len(self.store), BATCH_ROWS)):
-            rows = np.arange(first, min(first + BATCH_ROWS, len(self.store)))
-            vectors = self._derive(rows)
-            if best is not None:
-                best.see(torch.from_numpy(vectors), torch.from_numpy(rows))
-            if self.factory == "exact":
-                self.index.add(vectors)
-                continue
-            self.index.add(np.ascontiguousarray(vectors[:, :-1]))
-            if kept is None:
-                width = vectors.shape[1] - 1 - self.store.latent_size
-                kept = allocate((size, width), np.float16), allocate((size,), np.float32)
-                self.kept.parts.append(kept)
-            here = slice(first - start, first - start + len(rows))
-            kept[0][here], kept[1][here] = vectors[:, self.store.latent_size : -1], vectors[:, -1]
+        with ThreadPoolExecutor(1) as other:  # FAISS adds one batch while the connector works on the next
+            adding = None
+            for first in progress(range(start, len(self.store), BATCH_ROWS)):
+                rows = np.arange(first, min(first + BATCH_ROWS, len(self.store)))
+                vectors = self._derive(rows)
+                if best is not None:
+                    best.see(torch.from_numpy(vectors), torch.from_numpy(rows))
+                exact = self.factory == "exact"
+                if not exact:
+                    if kept is None:
+                        width = vectors.shape[1] - 1 - self.store.latent_size
+                        kept = allocate((size, width), np.float16), allocate((size,), np.float32)
+                        self.kept.parts.append(kept)
+                    here = slice(first - start, first - start + len(rows))
+                    kept[0][here] = torch.from_numpy(vectors[:, self.store.latent_size : -1]).half().numpy()
+                    kept[1][here] = vectors[:, -1]
+                if adding is not None:
+                    adding.result()
+                adding = other.submit(self.index.add, vectors if exact else np.ascontiguousarray(vectors[:, :-1]))
+            if adding is not None:
+                adding.result()
 
-    def tune(self, best: "Best | None", recall: float) -> None:
-        """Choose how hard to look: the least work that finds `recall` of the true ten best.
+    def tune(self, best: Best | None, recall: float) -> None:
+        """Choose how hard to look, see `effort_altmoe.choose_effort`.
 
         Args:
             best: the true ones of the bank's queries; None (no bank): a setting by size, not measured.
-            recall: share to reach; where nothing does, the hardest look is taken.
+            recall: share to reach.
         """
         if self.factory == "exact":
             return
-        knob, highest = self._knob(), _highest(self.index)
         if best is None:
-            usual = {"nprobe": max(1, highest // 16), "efSearch": 128, None: 0}[knob]
+            knob, most = knob_of(self.index), highest(self.index)
+            usual = {"nprobe": max(1, most // 16), "efSearch": 128, None: 0}[knob]
             self.effort = {**({knob: usual} if knob else {}), "short_list": 400}
-            return
-        truth = best.positions.numpy()
-        coarse = np.ascontiguousarray(best.queries.numpy()[:, :-1])
-        scanned = self.index.ntotal / highest if knob == "nprobe" else 32  # codes a unit of effort
-        tried, enough = [], math.inf
-        efforts = {"nprobe": range(highest.bit_length()), "efSearch": range(4, 13), None: range(1)}[knob]
-        efforts = [2**power for power in efforts]
-        longest = min(SHORT_LISTS[-1], self.index.ntotal)
-        for effort in efforts:
-            if effort * scanned >= enough:
-                break
-            parameters = _parameters(self.index, effort, None) if knob else None
-            found = self.index.search(coarse, longest, params=parameters)[1]
-            for short in SHORT_LISTS:
-                hits = (truth[:, :, None] == found[:, None, :short]).any(2).mean()
-                work = effort * scanned + short * RANKED_ROW
-                tried.append((bool(hits < recall), work, effort, short, float(hits)))
-                enough = enough if hits < recall else min(enough, work)
-        reached = [one for one in tried if not one[0]]
-        _, _, effort, short, hits = min(reached) if reached else max(tried, key=lambda one: (one[-1], -one[1]))
-        self.effort = {**({knob: effort} if knob else {}), "short_list": short, "recall": round(hits, 4)}
-
-
-class Best:
-    """The `k` best items of each query among all that were seen."""
-
-    def __init__(self, queries: torch.Tensor, k: int):
-        self.queries, self.k = queries, k
-        self.scores = torch.empty(len(queries), 0)
-        self.positions = torch.empty(len(queries), 0, dtype=torch.int64)
-
-    def see(self, items: torch.Tensor, positions: torch.Tensor) -> None:
-        """Take more items into account: `(m, d)` and `(m,)`."""
-        scores = torch.cat([self.scores, self.queries @ items.T], dim=1)
-        positions = torch.cat([self.positions, positions.expand(len(self.queries), -1)], dim=1)
-        self.scores, order = scores.topk(min(self.k, scores.shape[1]), dim=1)
-        self.positions = positions.gather(1, order)
-
-
-def bank_queries(model, direction: str) -> torch.Tensor | None:
-    """Whole query vectors to measure recall with: `(n, d)`; None without a bank of training items.
-
-    What the connector predicts from an item it was trained on lies close to the answer, and is found more easily than what
-    new queries ask for. So each has the prediction halfway between two other items, with its own latent for the other
-    direction. Measured on stamps, 20,000 rows: nprobe 1 finds 0.996 for trained items, 0.69 for held-out captions and 0.63
-    for these; nprobe 32 finds 1.0, 0.988 and 0.987.
-    """
-    post = model.postprocessing(direction)
-    bank = post.query_bank.get(direction)
-    if bank is None or not len(bank):
-        return None
-    random = np.random.default_rng(0)
-    own, one, two = (torch.from_numpy(random.permutation(len(bank))[:TUNING_QUERIES]) for _ in range(3))
-    parts = [F.normalize(bank[one] + bank[two], dim=-1) / post.scales[direction]]
-    source, _, target = direction.partition("->")
-    reverse = f"{target}->{source}"
-    if post.reverse_weight and reverse in model.directions:
-        if len(post.gallery_bank.get(reverse, ())) != len(bank):
-            return None
-        parts.append(post.gallery_bank[reverse][own] * (post.reverse_weight / post.scales[reverse]))
-    return torch.cat([*parts, bank.new_ones(len(own), 1)], dim=1).float().cpu()
+        else:
+            self.effort = choose_effort(self.index, self.kept.hubness, best, recall)
 
 
 def build(
@@ -396,31 +377,3 @@ def check_local(store) -> None:
         raise ImportError("Searching a LatentStore needs faiss: pip install faiss-cpu.")
     if not len(store):
         raise ValueError(f"'{store.path}' is empty: nothing can be found in it.")
-
-
-# ---------------------------------------------------------------- FAISS's kinds of index
-
-
-def _knob(index) -> str | None:
-    if faiss.try_extract_index_ivf(index) is not None:
-        return "nprobe"
-    index = faiss.downcast_index(index)
-    while isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    return "efSearch" if isinstance(index, faiss.IndexHNSW) else None
-
-
-def _highest(index) -> int:
-    """The most an index can be asked to do."""
-    inverted = faiss.try_extract_index_ivf(index)
-    return index.ntotal if inverted is None else inverted.nlist
-
-
-def _parameters(index, effort: int, selector):
-    """Search parameters of an index: how hard to look, and where."""
-    index, more = faiss.downcast_index(index), {} if selector is None else {"sel": selector}
-    if isinstance(index, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=_parameters(index.index, effort, selector))
-    if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=effort, **more)
-    return faiss.SearchParametersIVF(nprobe=effort, **more)

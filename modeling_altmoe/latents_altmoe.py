@@ -267,17 +267,21 @@ class LatentStore(StoreWriter):
         return self.column("id")
 
     def _parts(self, rows) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
-        """For each shard that has some of `rows`: the shard, which of `rows` they are, and their numbers in the shard."""
+        """For each shard that has some of `rows`: the shard, which of `rows` they are (a slice of rows that are in order, else
+        their places), and their numbers in the shard."""
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
         if not len(rows):
             return
-        if not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"Rows {rows.min()} to {rows.max()}, but '{self.path}' has {len(self)}.")
-        numbers = np.searchsorted(self._ends, rows, side="right")
-        for number in np.unique(numbers):
-            here = np.flatnonzero(numbers == number)
-            shard = self._shards[number]
-            yield shard, here, rows[here] - (self._ends[number] - len(shard))
+        order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows, kind="stable")
+        sorted_rows = rows if order is None else rows[order]
+        if not 0 <= sorted_rows[0] <= sorted_rows[-1] < len(self):
+            raise IndexError(f"Rows {sorted_rows[0]} to {sorted_rows[-1]}, but '{self.path}' has {len(self)}.")
+        stops = np.searchsorted(sorted_rows, self._ends).tolist()
+        for number, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
+            if start < stop:
+                shard, here = self._shards[number], slice(start, stop)
+                numbers = sorted_rows[here] - (self._ends[number] - len(shard))
+                yield shard, here if order is None else order[here], numbers
 
     def _check_column(self, name: str) -> None:
         if name != "id" and name not in self.columns:
@@ -295,7 +299,7 @@ class LatentStore(StoreWriter):
             return self.arrow(name).to_pylist()
         result = [None] * len(np.asarray(rows).reshape(-1))
         for shard, here, numbers in self._parts(rows):
-            for place, value in zip(here, shard.values(name, numbers), strict=True):
+            for place, value in zip(np.arange(len(result))[here], shard.values(name, numbers), strict=True):
                 result[place] = value
         return result
 
@@ -323,11 +327,11 @@ class LatentStore(StoreWriter):
         Raises:
             IndexError: a row out of range.
         """
-        result: list[dict[str, Any]] = [{}] * len(np.asarray(rows).reshape(-1))
+        names, result = ("id", *self.columns), [{}] * len(np.asarray(rows).reshape(-1))
         for shard, here, numbers in self._parts(rows):
-            found = shard.table.select(["id", *self.columns]).take(pa.array(shard.places(numbers)))
-            for place, record in zip(here, found.to_pylist(), strict=True):
-                result[place] = record
+            columns = [shard.values(name, numbers) for name in names]
+            for place, *values in zip(np.arange(len(result))[here].tolist(), *columns, strict=True):
+                result[place] = dict(zip(names, values, strict=True))
         return result
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
@@ -352,10 +356,10 @@ class LatentStore(StoreWriter):
         Raises:
             IndexError: a row out of range.
         """
-        result = np.empty((len(np.asarray(rows).reshape(-1)), self.latent_size), dtype=np.float32)
+        result = np.empty((len(np.asarray(rows).reshape(-1)), self.latent_size), dtype=self.dtype)
         for shard, here, numbers in self._parts(rows):
-            result[here] = shard.vectors[shard.places(numbers)]
-        return torch.from_numpy(result)
+            result[here] = shard.vectors.take(shard.places(numbers), axis=0)  # several times faster than [...]
+        return torch.from_numpy(result).float()  # and torch than numpy, from float16
 
     def batches(self, rows: int = 16384, start: int = 0) -> Iterator[tuple[list[str], torch.Tensor, dict[str, list]]]:
         """All rows in order, a few at a time: `(ids, latents, columns)`.

@@ -131,7 +131,6 @@ def query_vectors(retriever: Retriever, post: Postprocessing, direction: str, qu
     return torch.cat([*parts, parts[0].new_ones(len(parts[0]), 1)], dim=-1)
 
 
-@torch.no_grad()
 def item_vectors(
     retriever: Retriever,
     post: Postprocessing,
@@ -141,6 +140,22 @@ def item_vectors(
     predicted: Tensor | None = None,
 ) -> Tensor:
     """Gallery items, ready to be searched: see `query_vectors`. The last component corrects for hubness and familiarity.
+
+    Args and errors: see `item_parts`.
+    """
+    return torch.cat(item_parts(retriever, post, direction, gallery, correction, predicted), dim=-1)
+
+
+@torch.no_grad()
+def item_parts(
+    retriever: Retriever,
+    post: Postprocessing,
+    direction: str,
+    gallery: Tensor,
+    correction: Tensor | None = None,
+    predicted: Tensor | None = None,
+) -> list[Tensor]:
+    """What `item_vectors` puts side by side: `(m, d_target)`, `(m, d_source)` where both directions count, `(m, 1)`.
 
     Args:
         gallery: target latents `(m, d_target)`.
@@ -170,7 +185,7 @@ def item_vectors(
         correction = post.beta * hubs
         if post.familiarity:
             correction = correction - post.familiarity * is_known(parts[0], post.known[direction])
-    return torch.cat([*parts, correction.to(hubs)[:, None]], dim=-1)
+    return [*parts, correction.to(hubs)[:, None]]
 
 
 def score_matrix(

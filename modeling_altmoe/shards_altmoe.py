@@ -262,7 +262,10 @@ class Shard:
 
     def values(self, name: str, rows: np.ndarray) -> list:
         """Values of one column."""
-        return self.table.column(name).take(pa.array(self.places(rows))).to_pylist()
+        column, places = self.table.column(name), self.places(rows)
+        if len(places) <= 32:  # a few hits: one by one is faster
+            return [column[place].as_py() for place in places.tolist()]
+        return column.take(pa.array(places)).to_pylist()
 
     def live(self, name: str) -> "pa.ChunkedArray":
         """One column without its deleted rows; as it lies in the file if there are none."""

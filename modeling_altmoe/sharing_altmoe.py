@@ -26,6 +26,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 SCRATCH = (
     ".lock*",
     ".ids/*",
+    ".skipped.json",
     "index/*",
     "*.tmp",
     "*.lock",

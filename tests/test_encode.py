@@ -257,6 +257,15 @@ def test_every_fault_is_named(sound, capsys, tmp_path, encoder_folders):
     assert code == 1 and f"Shard '{second}' is damaged" in report
 
 
+def test_items_skipped_as_bad_are_no_fault_but_said(folder, encoder_folders, capsys, tmp_path):
+    run(encoder_folders, "image", tmp_path / "store", data=str(folder))
+    code, report = check(capsys, "--out", tmp_path / "store", "--data", folder)
+    assert code == 0 and "skipped as bad when encoding: 1 (e.g. dark/1.png: " in report
+    Pictures.new("RGB", (40, 30), "black").save(folder / "dark" / "9.png")
+    code, report = check(capsys, "--out", tmp_path / "store", "--data", folder)
+    assert code == 1 and "1 items of the data are not in the store (e.g. dark/9.png): encoding is not done" in report
+
+
 def test_a_changed_bit_is_found(sound, capsys):
     folder, _ = sound
     (shard,) = LatentStore.open(folder).shards

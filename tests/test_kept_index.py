@@ -30,15 +30,15 @@ def store(tmp_path_factory, model, latents):
 
 def test_a_kept_index_is_mapped_and_answers_as_before(model, latents, tmp_path):
     store = write(tmp_path / "s", model, latents)
-    made, folder, done = update(model, store, DIRECTION, "IVF8,RaBitQ")
+    made, folder, done = update(model, store, DIRECTION, "RR,IVF8,RaBitQ")
     assert done == "made" and folder.parent == tmp_path / "s" / "index"
     again = LatentIndex(model, LatentStore.open(tmp_path / "s"), DIRECTION)  # auto takes what is there
     assert again.describe() == made.describe()
     assert all(isinstance(array, np.memmap) for part in again.backend.kept.parts for array in part)
-    want = LatentIndex(model, store, DIRECTION, build(model, store, DIRECTION, "IVF8,RaBitQ"))
+    want = LatentIndex(model, store, DIRECTION, build(model, store, DIRECTION, "RR,IVF8,RaBitQ"))
     for a, b in zip(again.search(latents["text"][:20], 5), want.search(latents["text"][:20], 5), strict=True):
         assert [vars(hit) for hit in a] == [vars(hit) for hit in b]
-    assert update(model, store, DIRECTION, "IVF8,RaBitQ")[2] == "up to date"
+    assert update(model, store, DIRECTION, "RR,IVF8,RaBitQ")[2] == "up to date"
     assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
     files = set(json.loads((folder / "index.json").read_text())["files"])
     assert {path.name for path in folder.iterdir()} == files | {"index.json", ".lock"}
@@ -100,7 +100,7 @@ def test_auto_that_outgrows_exact_is_made_anew(model, latents, tmp_path, monkeyp
     assert update(model, store, DIRECTION)[0].factory == "exact"
     store = write(tmp_path, model, latents, 400, ROWS)
     backend, _, done = update(model, store, DIRECTION)
-    assert backend.factory == "IVF64,RaBitQ" and done == "made anew"
+    assert backend.factory == "RR,IVF64,RaBitQ" and done == "made anew"
 
 
 def test_another_models_index_is_refused_naming_what_differs(model, latents, tmp_path):

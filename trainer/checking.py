@@ -10,6 +10,7 @@ import numpy as np
 
 from modeling_altmoe import LatentStore
 from modeling_altmoe.shards_altmoe import SHARD_NAME, file_digest, hash_ids
+from trainer.encode import read_skipped
 from trainer.items import RawItems
 
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2}  # how far from 1 the norm of a normalised vector may lie
@@ -96,16 +97,20 @@ def check_store(store: LatentStore) -> Report:
 
 
 def check_against(store: LatentStore, data: RawItems, report: Report) -> None:
-    """Compare ids with those of the data set; what differs becomes a fault."""
-    count, missing, examples = 0, 0, []
+    """Compare ids with those of the data set; what differs becomes a fault, except what was skipped as bad."""
+    count, missing, examples, skipped, bad = 0, 0, [], read_skipped(store), []
     for block in data.blocks():
         absent = np.flatnonzero(store.rows_of(block.ids) < 0)
-        count, missing = count + len(block.ids), missing + len(absent)
-        examples += [block.ids[place] for place in absent[: 3 - len(examples)]]
+        names = [block.ids[place] for place in absent]
+        unknown = [name for name in names if name not in skipped]
+        count, missing, bad = count + len(block.ids), missing + len(names), bad + [n for n in names if n in skipped]
+        examples += unknown[: 3 - len(examples)]
     report.facts.append(f"data: {count} items")
-    if missing:
+    if bad:
+        report.facts.append(f"skipped as bad when encoding: {len(bad)} (e.g. {bad[0]}: {skipped[bad[0]]})")
+    if missing > len(bad):
         report.faults.append(
-            f"{missing} items of the data are not in the store (e.g. {', '.join(examples)}): bad items, or encoding is not done"
+            f"{missing - len(bad)} items of the data are not in the store (e.g. {', '.join(examples)}): encoding is not done"
         )
     if len(store) > count - missing:
         report.faults.append(f"{len(store) - count + missing} rows of the store are not in the data, or its ids repeat")

@@ -5,6 +5,7 @@ continued after any interruption, by any number of processes: `torchrun --nproc_
 item is reported with its index, skipped and counted; with `--strict` it ends the run.
 """
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -22,10 +23,11 @@ from modeling_altmoe import AltMoEProcessor, LatentProtocol, LatentStore
 from modeling_altmoe.attaching_altmoe import describe_encoder, load_encoder
 from modeling_altmoe.encoding_altmoe import POOLINGS, encode_latents
 from modeling_altmoe.processing_altmoe import ItemError
-from modeling_altmoe.shards_altmoe import hash_ids
+from modeling_altmoe.shards_altmoe import hash_ids, write_file
 from trainer.items import Block, Decoder, Item, RawItems, cut
 
 MAIN_INPUTS = {"input_ids": AutoTokenizer, "pixel_values": AutoImageProcessor}
+SKIPPED = ".skipped.json"  # stays on this machine: a reason may name a file
 
 
 @dataclass
@@ -226,12 +228,13 @@ def encode(arguments: EncodeArguments) -> dict:
         world=ranks.num_processes,
     )
     store.shard_seconds = arguments.shard_seconds
-    skipped, written = [], 0
+    skipped, reasons, written = [], {}, 0
 
     def skip(position: int, name: str, reason: str) -> None:
         if arguments.strict:
             raise ItemError(f"item {position} (id '{name}'): {reason}. Without --strict it is skipped.")
         skipped.append((position, reason))
+        reasons[name] = reason
         tqdm.write(f"skipped item {position} (id '{name}'): {reason}")
 
     with store:
@@ -268,12 +271,33 @@ def encode(arguments: EncodeArguments) -> dict:
         while todo.repeated:
             skip(*todo.repeated.pop(0), "its id was given before")
         bar.close()
-    results = [{"written": written, "present": todo.present, "skipped": skipped}]
+    results, reasons = [{"written": written, "present": todo.present, "skipped": skipped}], [reasons]
     if ranks.num_processes > 1:
-        results = gather_object(results)  # every rank has flushed before it comes here
+        results, reasons = gather_object(results), gather_object(reasons)  # every rank has flushed before it comes here
         store.reload()
+    if ranks.is_main_process and any(reasons):
+        note_skipped(store, {name: reason for part in reasons for name, reason in part.items()})
     result = {key: sum((part[key] for part in results), start=[] if key == "skipped" else 0) for key in results[0]}
     return {**result, "skipped": sorted(result["skipped"]), "rows": len(store)}
+
+
+def note_skipped(store: LatentStore, reasons: dict[str, str]) -> None:
+    """Keep beside a store which items could not be encoded, and why, together with those of earlier runs."""
+    text = json.dumps({**read_skipped(store), **reasons}, indent=1) + "\n"
+    write_file(store.path, SKIPPED, lambda file: file.write(text.encode()))
+
+
+def read_skipped(store: LatentStore) -> dict[str, str]:
+    """`{id: reason}` of what could not be encoded into a store.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    place = store.path / SKIPPED
+    try:
+        return json.loads(place.read_text()) if place.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"'{place}' is damaged ({error}). Delete it and run 'altmoe encode' again.") from error
 
 
 def _as_it_is(batch):

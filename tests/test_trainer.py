@@ -244,6 +244,7 @@ def test_with_few_pairs_the_base_alone_is_the_kernel_ridge_that_validation_chose
 
 @torch.no_grad()
 def test_with_few_pairs_partners_of_the_nearest_training_items_are_recalled(tmp_path, parts, monkeypatch):
+    monkeypatch.setattr(fitting, "_ranks_in_folds", lambda *sides: torch.zeros(2))  # training rows have no objection
     model, train, held_out = small_model(base="kernel"), parts["train"], {}
     fit_frames(model, train)
     tables = fit_bases(model, train, progress=False, held_out=held_out)
@@ -278,6 +279,23 @@ def test_with_few_pairs_partners_of_the_nearest_training_items_are_recalled(tmp_
     fit_bases(model, train, progress=False)
     assert model.config.base_recalls == [] and base.partners.shape == (len(known), partners.shape[1])
     assert model.connector.base[direction](new).ndim == 2
+
+
+@torch.no_grad()
+def test_nothing_is_recalled_where_training_rows_do_better_without(parts):
+    """Of a smooth function that ridge has found, the partners of near items are a worse account."""
+    train, said, tables = parts["train"], {}, {}
+    for recall in (True, False):
+        model = small_model(base="kernel", target_metric=True)
+        fit_frames(model, train)
+        held_out = {}
+        tables[recall] = fit_bases(model, train, progress=False, held_out=held_out, recall=recall), held_out
+        said[recall] = model.queries("image->text", {"image": parts["test"].latents["image"]})
+        assert model.config.base_recalls == []
+    assert torch.equal(said[True], said[False])
+    for direction in DIRECTIONS:
+        assert torch.equal(*(found[direction] for found, _ in tables.values()))
+        assert torch.equal(*(held_out[direction][0] for _, held_out in tables.values()))
 
 
 def test_out_of_sample_predictions_are_used_in_training_only(tmp_path, parts):

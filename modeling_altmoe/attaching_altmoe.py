@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils.hub import resolve_revision
 
 from .encoding_altmoe import LatentProtocol, settings_identity, weights_identity
-from .sharing_altmoe import on_hub
+from .sharing_altmoe import is_folder, on_hub
 
 SIZE_NAMES = ("hidden_size", "d_model", "hidden_dim", "dim", "embed_dim")
 
@@ -123,7 +123,8 @@ def load_encoder(
     if isinstance(config, dict):
         config = AutoConfig.for_model(**config)
     try:
-        if not os.path.isdir(source):
+        where = {k: v for k, v in hub_kwargs.items() if k in ("token", "cache_dir")}
+        if not is_folder(source, "an encoder", **where):
             asked = {k: v for k, v in hub_kwargs.items() if k in ("token", "cache_dir", "local_files_only")}
             # a branch becomes the commit it points to now; where that fails, loading says why
             revision = getattr(resolve_revision(source, revision, **asked), "resolved", revision)

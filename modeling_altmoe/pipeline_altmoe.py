@@ -123,14 +123,14 @@ class CrossModalRetrievalPipeline(Pipeline):
     pipe("a green frog", candidates={"image": ["frog.png", "dog.png"]}, top_k=1)
     # [{"score": 3.1, "index": 0, "modality": "image", "item": "frog.png"}]
     pipe([{"image": "frog.png"}, {"image": "dog.png"}], candidates=["a frog", "a dog"], batch_size=2)
-    pipe("a green frog", candidates="stores/image")                            # a LatentStore, by folder or object
+    pipe("a green frog", candidates="stores/image")                            # a LatentStore: folder, Hub name or object
     kept = pipe.encode_candidates({"image": pictures}); pipe("a dog", candidates=kept)    # encoded once for all calls
     ```
 
     A query is `{modality: item}` (several modalities for a direction that fuses them), or the item alone where its type
     tells the modality: a string is text, a PIL image an image, `{"array", "sampling_rate"}` or a one-dimensional array
-    a sound. Candidates are `{modality: list of items}`, a list of items whose types tell, a LatentStore or its folder,
-    or what `encode_candidates` returned. Candidates given to `pipeline(...)` itself serve every call.
+    a sound. Candidates are `{modality: list of items}`, a list of items whose types tell, a LatentStore (or its folder, or
+    its name on the Hub), or what `encode_candidates` returned. Candidates given to `pipeline(...)` itself serve every call.
     """
 
     _load_processor = True
@@ -254,7 +254,8 @@ class CrossModalRetrievalPipeline(Pipeline):
         """Encode candidates once, for use in any number of calls.
 
         Args:
-            candidates: `{modality: list of items}`, a list of items whose types tell, a LatentStore or its folder.
+            candidates: `{modality: list of items}`, a list of items whose types tell, a LatentStore, its folder or its
+                name on the Hub.
             batch_size: items encoded at a time.
 
         Raises:
@@ -265,9 +266,9 @@ class CrossModalRetrievalPipeline(Pipeline):
                 raise ValueError("These candidates were encoded with another pipeline's model: encode them again.")
             return candidates
         if isinstance(candidates, (str, os.PathLike)):
-            from .latents_altmoe import LatentStore
+            from .search_altmoe import open_store
 
-            candidates = LatentStore.open(candidates)
+            candidates = open_store(candidates)
         if hasattr(candidates, "take") and hasattr(candidates, "protocol"):  # by remote code its class is another one
             self.model.config.latent_size(candidates.modality)
             candidates.check(candidates.modality, self.model.config.encoders[candidates.modality])

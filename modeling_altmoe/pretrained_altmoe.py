@@ -7,6 +7,7 @@ weights; encoders stay in their own repositories unless `self_contained=True`.
 
 import os
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ from .attaching_altmoe import known_weights, load_encoder, load_lora, save_encod
 from .configuration_altmoe import AltMoEConfig
 from .connector_altmoe import AltMoEConnector, AltMoEExperts, AltMoERouter, ClosedFormBase, Frame, ScoreBank
 from .sentence_altmoe import write_sentence_files
-from .sharing_altmoe import refuse_local_encoders, upload_saved, without_paths
+from .sharing_altmoe import is_folder, refuse_local_encoders, upload_saved, usual_mode, without_paths
 
 HUB_KEYWORDS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 
@@ -99,6 +100,8 @@ class AltMoEPreTrainedModel(PreTrainedModel):
             self.config.encoders = before_saving
         if kwargs.get("is_main_process", True):
             save_encoder_parts(self.encoders, entries, save_directory)
+            for place in ("", "encoder_*/", "adapter_*/"):
+                usual_mode(Path(save_directory).glob(f"{place}*.safetensors"))
             if self._auto_class is not None:  # code is saved
                 write_sentence_files(save_directory)
             if push_to_hub:
@@ -175,6 +178,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
         place = {**hub, **{key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}}
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
+            is_folder(name, "a trained model", **{key: hub[key] for key in ("token", "cache_dir") if key in hub})
             fields, _ = PreTrainedConfig.get_config_dict(name, **place)
             if not fields:
                 raise OSError(

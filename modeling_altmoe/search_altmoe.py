@@ -20,6 +20,7 @@ from .index_files_altmoe import open_local
 from .latents_altmoe import LatentStore
 from .modeling_altmoe import AltMoEModel
 from .scoring_altmoe import item_vectors, query_vectors
+from .sharing_altmoe import is_folder
 from .where_altmoe import check_where, parse_where
 
 QUERIES = 64  # of one batch are worked on at a time, which bounds the memory of their short lists
@@ -166,6 +167,20 @@ class LatentIndex:
         scores = torch.stack([items[of] @ query for of, query in zip(some, queries, strict=True)]).cpu()  # (queries, k)
         scores, order = scores.masked_fill(places < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
         return places.gather(1, order).numpy(), scores.numpy()
+
+
+def open_store(name: str) -> LatentStore:
+    """Open a LatentStore by its folder or its name on the Hub.
+
+    Raises:
+        OSError: it is neither here nor there; the message says how to make one.
+        ValueError: it is not a store, or a damaged one.
+    """
+    return (
+        LatentStore.open(name)
+        if is_folder(name, "a LatentStore ('altmoe encode' makes one)", "dataset")
+        else LatentStore.from_hub(name)
+    )
 
 
 def open_index(

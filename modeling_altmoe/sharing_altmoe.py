@@ -4,20 +4,24 @@ Comes in: a saved folder, or something with `save_pretrained`. Goes out: a commi
 code and pictures are sent: a pickle can run code where it is opened.
 """
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 
 try:  # the client's own transport; its errors are not the client's
     from httpx2 import TransportError
 except ImportError:
     TransportError = ConnectionError
 
+BROKEN = (TransportError, ConnectionError, TimeoutError)  # the last two are those of xet, which sends large files
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 SCRATCH = (
     ".lock*",
@@ -31,6 +35,53 @@ SCRATCH = (
     ".git/*",
     "checkpoint-*/*",
 )
+
+
+def is_folder(
+    name: str | os.PathLike,
+    what: str,
+    repo_type: str = "model",
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> bool:
+    """Whether a name means a folder of this machine; False: a name on the Hub, which then may be asked for it.
+
+    A mistyped path would be asked of the Hub again and again, for minutes. What begins with `.`, `~` or `/`, or has more
+    than one `/`, is no Hub name. Where a folder is called like the owner, the Hub is asked once, and quickly.
+
+    Args:
+        name: what a user gave.
+        what: for the error, e.g. `"a trained model"`.
+        repo_type: `"model"` or `"dataset"`.
+        token, cache_dir: as everywhere in huggingface_hub.
+
+    Raises:
+        FileNotFoundError: it can only be a path, and there is no such folder.
+    """
+    text = os.fspath(name)
+    if os.path.isdir(text) or "://" in text:
+        return "://" not in text
+    owner = os.path.dirname(text)
+    if not (os.path.isabs(text) or text[:1] in (".", "~") or text.count("/") > 1):
+        if not (owner and os.path.isdir(owner)):
+            return False
+        folder = repo_folder_name(repo_id=text, repo_type=repo_type)
+        if os.path.isdir(os.path.join(cache_dir or constants.HF_HUB_CACHE, folder)):
+            return False
+        try:
+            HfApi(token=token).repo_info(text, repo_type=repo_type, timeout=5)
+            return False
+        except (OSError, TransportError, HFValidationError):
+            pass  # neither here nor there, or no way to tell
+    if os.path.exists(text):
+        raise FileNotFoundError(f"'{text}' is a file: expected {what}, a folder or a name on the Hub (OWNER/NAME).")
+    there, missing = Path(text), ""
+    while not there.is_dir():
+        there, missing = there.parent, there.name
+    close = difflib.get_close_matches(missing, sorted(os.listdir(there)), n=1)
+    hint = f" Did you mean '{there / close[0]}'?" if close else f" Below '{there}' is no '{missing}'."
+    raise FileNotFoundError(f"There is no folder '{text}': expected {what}, a folder or a name on the Hub.{hint}")
 
 
 def on_hub(entry: dict[str, Any]) -> bool:
@@ -51,6 +102,14 @@ def without_paths(entry: dict[str, Any]) -> dict[str, Any]:
 def one_line(text) -> str:
     """Foreign text for a line or a cell of Markdown: it opens no other line, cell, code or tag."""
     return re.sub(r"([|`<>\\])", r"\\\1", " ".join(str(text).split()))
+
+
+def usual_mode(paths: Iterable[str | os.PathLike]) -> None:
+    """Let others read files as they may read any new file here (umask): safetensors writes for their owner only."""
+    umask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(umask)
+    for path in paths:
+        os.chmod(path, 0o666 & ~umask)
 
 
 def refuse_local_encoders(entries: dict[str, dict[str, Any]]) -> None:
@@ -114,7 +173,7 @@ def push_folder(
         FileNotFoundError: no such folder, or nothing in it.
         ValueError: it holds pickles.
         PermissionError: the token may not write there.
-        OSError: the connection broke; nothing was changed on the Hub.
+        ConnectionError: it broke; the Hub shows what it showed before, or all of the new.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -143,17 +202,21 @@ def push_folder(
         return api.create_commit(
             repo_id, operations, repo_type=repo_type, revision=revision, commit_message=commit_message or "Upload"
         ).commit_url
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
+    except (HfHubHTTPError, *BROKEN, RuntimeError) as error:
+        # the client turns what broke the upload of one large file into a RuntimeError
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
             raise PermissionError(
-                f"The Hub does not let you write to '{repo_id}' (status {error.response.status_code}). Log in with a token "
+                f"The Hub does not let you write to '{repo_id}' (status {status}). Log in with a token "
                 "that may write (`hf auth login`), or choose a name of your own."
             ) from error
+        if isinstance(cause, BROKEN) or (status or 0) >= 500:
+            raise ConnectionError(
+                f"The push to '{repo_id}' broke ({cause}). What is there is as it was before, or complete: push again, "
+                "large files that have arrived are not sent twice."
+            ) from error
         raise
-    except TransportError as error:
-        raise ConnectionError(
-            f"The connection broke while pushing to '{repo_id}' ({error}). Nothing was changed there: push again."
-        ) from error
 
 
 def shareable(description: dict[str, Any]) -> dict[str, Any]:

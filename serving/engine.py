@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from model_cards.endpoint import handler
-from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
+from modeling_altmoe import AltMoEModel, AltMoEProcessor
 from modeling_altmoe.configuration_altmoe import unknown_name_message
-from modeling_altmoe.search_altmoe import Hits, LatentIndex, open_index
+from modeling_altmoe.search_altmoe import Hits, LatentIndex, open_index, open_store
 from modeling_altmoe.where_altmoe import check_where
 
 STAGES = ("encode", "connector", "search")
@@ -85,8 +85,7 @@ class Engine:
             self.model.config.latent_size(modality)
             store, where = None, name  # a database, which holds everything
             if "://" not in name:
-                on_hub = name.count("/") == 1 and not os.path.exists(name)
-                store, where = LatentStore.from_hub(name) if on_hub else LatentStore.open(name), index
+                store, where = open_store(name), index
             for direction in self.model.directions:
                 if self.model.config.resolve(direction)[1] == modality:
                     self.indexes[direction] = open_index(self.model, store, direction, where)

@@ -1,7 +1,7 @@
 """A small Hub for tests: enough of the protocol for the real `huggingface_hub` client, on the loopback.
 
 Repositories of all three types with branches, tags and commits; tokens that may write, read, or nothing; private and
-gated repositories; large files through the LFS protocol; and a switch that breaks the connection in the middle.
+gated repositories; large files through the LFS protocol; and switches that break it in the middle.
 Everything is in memory. Start it with `with Hub() as hub:` and give `hub.environment()` to a new process: the client
 reads its settings when it is imported.
 """
@@ -12,6 +12,8 @@ import http.server
 import json
 import os
 import re
+import socket
+import struct
 import threading
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -51,7 +53,9 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int]] = []
         self.lock = threading.Lock()
-        self.break_at: str | None = None  # close the connection at the first request whose path holds this
+        self.break_at: str | None = None  # requests whose path holds this fail ...
+        self.break_how: str | int = "asked"  # ... when asked, when "answered" (all is done by then), or with a status
+        self.cut_after: int | None = None  # a file of more bytes is cut off there
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -79,6 +83,20 @@ class Hub:
         )
         return {**kept, **own, **({"HF_TOKEN": token} if token else {}), **more}
 
+    def use_here(self, monkeypatch, token: str = WRITE) -> None:
+        """Let this process talk to this Hub, though the client has read its settings already."""
+        import transformers
+        from huggingface_hub import constants
+
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made once, with the address of that time
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
     def files(self, name: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
         """What a repository holds."""
         repository = self.repositories[kind, name]
@@ -105,7 +123,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     # ---------------------------------------------------------------- answers
 
+    def reset(self) -> None:
+        self.hub.requests.append((self.command, self.path, 0))
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
     def answer(self, status: int, body: bytes | dict | list = b"", **headers: str) -> None:
+        if self.breaks() and self.hub.break_how == "answered":
+            return self.reset()
         if not isinstance(body, bytes):
             body, headers["Content_Type"] = json.dumps(body).encode(), "application/json"
         self.hub.requests.append((self.command, self.path, status))
@@ -119,8 +145,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def fail(self, status: int, code: str, message: str = "") -> None:
         self.answer(status, {"error": message or code}, X_Error_Code=code, X_Error_Message=message or code)
 
+    def breaks(self) -> bool:
+        return bool(self.hub.break_at) and self.hub.break_at in self.path
+
     def handle_any(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
+        length, cut = int(self.headers.get("Content-Length") or 0), self.hub.cut_after
+        if cut is not None and self.command == "PUT" and length > cut:
+            self.rfile.read(cut)
+            return self.reset()
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = b""
             while size := int(self.rfile.readline(), 16):
@@ -131,11 +163,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = self.rfile.read(length)
         parts = urlsplit(self.path)
         path, query = parts.path, parse_qs(parts.query)
-        if self.hub.break_at and self.hub.break_at in path:
-            self.hub.requests.append((self.command, self.path, 0))
-            self.close_connection = True
-            self.connection.close()
-            return
+        if self.breaks() and self.hub.break_how == "asked":
+            return self.reset()
+        if self.breaks() and isinstance(self.hub.break_how, int):
+            return self.fail(self.hub.break_how, "ServerError", "the server has lost its head")
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         self.token, self.body, self.query = token, body, query
         for pattern, method in ROUTES:
@@ -236,7 +267,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     @staticmethod
     def entry(path: str, content: bytes) -> dict:
-        item = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        item = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
         if path.endswith(LARGE):
             item["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
         return item
@@ -281,7 +312,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             path = item["path"]
             oid = self.entry(path, files[path]) if path in files else {}
             mode = "lfs" if path.endswith(LARGE) else "regular"
-            known = oid.get("lfs", {}).get("oid") if mode == "lfs" else None
+            known = (oid.get("lfs", {}) if mode == "lfs" else oid).get("oid")
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": known})
         self.answer(200, {"files": answer})
 
@@ -346,8 +377,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = repository.commits[sha].get(unquote(path))
         if content is None:
             return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
-        etag = (hashlib.sha256 if path.endswith(LARGE) else hashlib.sha1)(content).hexdigest()
+        etag = hashlib.sha256(content).hexdigest() if path.endswith(LARGE) else git_hash(content)
         self.answer(200, content, X_Repo_Commit=sha, ETag=f'"{etag}"')
+
+
+def git_hash(content: bytes) -> str:
+    """By which the client knows that a small file has not changed."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def wrong_fields(fields) -> list[str]:

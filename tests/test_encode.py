@@ -74,10 +74,32 @@ def test_a_saved_folder_of_pictures_is_known_by_its_rows(folder, encoder_folders
     assert store.columns == {"label": "string"}  # no path: there is no such file
 
 
-def test_pictures_for_an_encoder_of_texts_are_one_error_not_one_an_item(folder, encoder_folders, tmp_path):
-    with pytest.raises(ValueError, match=r"'image' of .* holds images, but the encoder .* takes text: name another"):
-        run(encoder_folders, "text", tmp_path / "store", data=str(folder), column="image")
-    assert not (tmp_path / "store").exists()
+@pytest.mark.parametrize(
+    ("modality", "column", "words"),
+    [
+        ("text", "image", r"holds images, but the encoder .* takes text: name another"),
+        ("text", "count", r"holds values of type int, but the encoder .* takes text"),
+        ("image", "count", r"holds values of type int, but the encoder .* takes images or names of image files"),
+        ("image", "caption", r"holds texts \('picture 0'\), but the encoder .* takes images or names of image files"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_the_wrong_type_is_one_error_not_one_an_item(
+    folder, encoder_folders, tmp_path, capsys, modality, column, words, streaming
+):
+    data = load_dataset(str(folder), split="train")
+    data = data.add_column("count", list(range(6))).add_column("caption", [f"picture {i}" for i in range(6)])
+    data.to_parquet(str(tmp_path / "data.parquet"))
+    given = {"data": str(tmp_path / "data.parquet"), "column": column, "streaming": streaming}
+    with pytest.raises(ValueError, match=f"Column '{column}' of .* {words}"):
+        run(encoder_folders, modality, tmp_path / "store", **given)
+    assert not (tmp_path / "store").exists() and "skipped" not in capsys.readouterr().out
+
+
+def test_names_of_pictures_are_no_texts_though_all_are_missing(encoder_folders, tmp_path):
+    data = write_texts(tmp_path / "names.jsonl", [f"{n}.png" for n in range(3)])
+    result, _ = run(encoder_folders, "image", tmp_path / "store", data=data, column="text")
+    assert len(result["skipped"]) == 3 and "no image file '0.png': check the path" in result["skipped"][0][1]
 
 
 def test_streams_and_worker_processes_give_the_same(folder, encoder_folders, tmp_path):

@@ -119,20 +119,6 @@ for token in ({STRANGER!r}, False):
     assert refused.returncode == 2 and "may write" in refused.stderr and READ not in refused.stderr
 
 
-def test_a_push_that_breaks_changes_nothing_and_can_be_run_again(hub, published, tmp_path):
-    root, _ = published
-    mine = hub.environment(tmp_path / "mine")
-    hub.add("me/joined", root)
-    before = hub.files("me/joined")
-    hub.break_at = "/commit/"
-    broken = altmoe(["push", str(root), "me/joined", "--message", "again"], mine, tmp_path)
-    assert broken.returncode == 2 and "push again" in broken.stderr
-    assert hub.files("me/joined") == before
-    hub.break_at = None
-    done = altmoe(["push", str(root), "me/joined", "--message", "again"], mine, tmp_path)
-    assert done.returncode == 0 and 'repo = "me/joined"' in hub.files("me/joined")["README.md"].decode(), done.stderr
-
-
 def test_model_and_processor_push_themselves(hub, published, tmp_path):
     root, _ = published
     code = f"""

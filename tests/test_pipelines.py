@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import score_both_ways, tiny_bert, tiny_processors, tiny_vit
+from hub_server import Hub
+from huggingface_hub import constants
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, pipeline
@@ -204,6 +206,14 @@ def test_a_store_gives_what_its_items_give(pipe, store):
             assert all(hit["id"] == hit["columns"]["color"] == COLORS[hit["index"]] for hit in found)
             assert json.loads(json.dumps(found)) == found
     assert len(pipe("a cat", candidates=store, top_k=None)) == len(COLORS)
+
+
+def test_a_published_store_is_named_and_pulled(pipe, store, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with Hub() as hub:
+        hub.use_here(monkeypatch)
+        hub.add("me/colors", store.path, kind="dataset")
+        assert pipe("a cat", candidates="me/colors") == pipe("a cat", candidates=store)
 
 
 def test_a_store_without_faiss_says_what_to_install(pipe, store, monkeypatch):

@@ -1,6 +1,5 @@
-"""Search in one process: the same scores whatever the index, filters that keep their recall, indexes kept beside the store."""
+"""Search in one process: the same scores whatever the index, and filters that keep their recall."""
 
-import json
 import logging
 
 import numpy as np
@@ -9,39 +8,13 @@ import torch
 from conftest import paired_latents, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searching import APPROXIMATE, COLUMNS, DIRECTION, ROWS, agreement, ids, scored_model, truth, write
 
-from modeling_altmoe import LatentStore, index_altmoe
-from modeling_altmoe.confidence_altmoe import Calibration
+from modeling_altmoe import index_altmoe
 from modeling_altmoe.index_altmoe import build, choose_index
-from modeling_altmoe.index_files_altmoe import open_local, update
-from modeling_altmoe.scoring_altmoe import Postprocessing
+from modeling_altmoe.index_files_altmoe import open_local
 from modeling_altmoe.search_altmoe import LatentIndex, open_index, parse_where
 from modeling_altmoe.where_altmoe import check_where
-
-DIRECTION = "text->image"
-COLUMNS = {"kind": "string", "year": "int32", "weight": "float32", "new": "bool"}
-ROWS = 600
-APPROXIMATE = ["IVF8,RaBitQ", "IVF8,Flat", "HNSW16", "SQ8", "RR,IVF4,SQ8"]
-
-
-def scored_model(seed: int = 0, **calibration):
-    """A small connector with both directions' scores, hubness and (if asked for) a calibration."""
-    model, latents = small_model(seed), paired_latents(96, seed=5)
-    data = {"image": latents["image"], "text": latents["text"]}
-    for modality, frame in model.connector.frames.items():
-        frame.fit(data[modality])
-    post = Postprocessing(reverse_weight=0.7, beta=0.5, top_k=5)
-    for direction in model.directions:
-        source, _, target = direction.partition("->")
-        with torch.no_grad():
-            post.query_bank[direction] = model.queries(direction, {source: data[source]})
-            post.gallery_bank[direction] = model.gallery(direction, data[target])
-        post.scales[direction] = 0.2
-    for direction in model.directions:
-        model.set_scoring(direction, post)
-        if calibration:
-            model.config.scoring[direction]["confidence"] = Calibration(**calibration).as_dict()
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -54,42 +27,9 @@ def latents():
     return paired_latents(ROWS, seed=1)
 
 
-def write(folder, model, latents, start: int = 0, end: int = ROWS, **settings) -> LatentStore:
-    """Rows `start` to `end` of the pictures into a store of small shards."""
-    encoder = model.config.encoders["image"]
-    with LatentStore.create(folder, "image", encoder, columns=COLUMNS, shard_rows=100, **settings) as store:
-        store.append(
-            [f"i{row}" for row in range(start, end)],
-            latents["image"][start:end],
-            kind=[None if row % 50 == 3 else "abc"[row % 3] for row in range(start, end)],
-            year=[2000 + row % 40 for row in range(start, end)],
-            weight=[row / 7 for row in range(start, end)],
-            new=[row % 5 == 0 for row in range(start, end)],
-        )
-    return LatentStore.open(folder)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, model, latents):
     return write(tmp_path_factory.mktemp("store"), model, latents)
-
-
-def truth(model, store, queries, k: int, rows=None) -> list[list[str]]:
-    """Ids of the best rows by the model's own score of all pairs."""
-    rows = np.arange(len(store)) if rows is None else np.asarray(rows)
-    if not len(rows):
-        return [[] for _ in queries]
-    best = model.score(DIRECTION, queries, store.take(rows)).topk(min(k, len(rows)), dim=1).indices.numpy()
-    names = store.column("id", rows)
-    return [[names[place] for place in row] for row in best]
-
-
-def ids(results) -> list[list[str]]:
-    return [[hit.id for hit in hits] for hits in results]
-
-
-def agreement(found: list[list[str]], wanted: list[list[str]]) -> float:
-    return float(np.mean([len(set(f) & set(w)) / max(1, len(w)) for f, w in zip(found, wanted, strict=True)]))
 
 
 # ---------------------------------------------------------------- scores and ranking
@@ -314,151 +254,3 @@ def test_nothing_meets_a_condition(model, indexes, latents):
     for index in indexes.values():
         hits = index.search(latents["text"][:2], 5, {"kind": "zebra"})[0]
         assert hits == [] and not hits.found and hits.confidence == 0
-
-
-# ---------------------------------------------------------------- kept beside the store
-
-
-def test_a_kept_index_is_mapped_and_answers_as_before(model, latents, tmp_path):
-    store = write(tmp_path / "s", model, latents)
-    made, folder, done = update(model, store, DIRECTION, "IVF8,RaBitQ")
-    assert done == "made" and folder.parent == tmp_path / "s" / "index"
-    again = LatentIndex(model, LatentStore.open(tmp_path / "s"), DIRECTION)  # auto takes what is there
-    assert again.describe() == made.describe()
-    assert all(isinstance(array, np.memmap) for part in again.backend.kept.parts for array in part)
-    want = LatentIndex(model, store, DIRECTION, build(model, store, DIRECTION, "IVF8,RaBitQ"))
-    for a, b in zip(again.search(latents["text"][:20], 5), want.search(latents["text"][:20], 5), strict=True):
-        assert [vars(hit) for hit in a] == [vars(hit) for hit in b]
-    assert update(model, store, DIRECTION, "IVF8,RaBitQ")[2] == "up to date"
-    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
-    files = set(json.loads((folder / "index.json").read_text())["files"])
-    assert {path.name for path in folder.iterdir()} == files | {"index.json", ".lock"}
-
-
-@pytest.mark.parametrize("factory", ["exact", "IVF8,Flat"])
-def test_adding_rows_equals_making_it_anew(model, latents, tmp_path, factory):
-    grown = write(tmp_path / "grown", model, latents, 0, 400)
-    update(model, grown, DIRECTION, factory)
-    grown = write(tmp_path / "grown", model, latents, 400, ROWS)
-    with pytest.raises(ValueError, match=r"200 rows were added to the store since\. Run 'altmoe index"):
-        LatentIndex(model, grown, DIRECTION)
-    assert len(LatentIndex(model, grown, DIRECTION, rebuild=True)) == ROWS
-    backend, folder, done = update(model, grown, DIRECTION, factory)
-    assert done == "200 rows added" and len(backend) == ROWS
-    backend.effort["nprobe"] = 8
-    anew = build(model, grown, DIRECTION, factory, recall=1.0)
-    anew.effort["nprobe"] = 8
-    found = [LatentIndex(model, grown, DIRECTION, b).search(latents["text"][:40], 10) for b in (backend, anew)]
-    assert ids(found[0]) == ids(found[1]) == truth(model, grown, latents["text"][:40], 10)
-    assert len(json.loads((folder / "index.json").read_text())["kept"]) == (0 if factory == "exact" else 2)
-
-
-@pytest.mark.parametrize("factory", ["exact", "IVF8,Flat"])
-def test_deleted_rows_are_never_found_again(model, latents, tmp_path, factory):
-    store, queries = write(tmp_path, model, latents, 0, 500), latents["text"][:40]
-    store.delete(["i7"])  # before the index is made
-    store = LatentStore.open(tmp_path)
-    update(model, store, DIRECTION, factory)
-    best = [hits[0].id for hits in LatentIndex(model, store, DIRECTION).search(queries, 1)]
-    store.delete(sorted(set(best)))
-    store = LatentStore.open(tmp_path)
-    index = LatentIndex(model, store, DIRECTION)
-    assert len(index) == len(store) and f"{len(set(best))} deleted rows left out" in index.describe()
-    for where in (None, {"kind": ["a", "b"]}):
-        rows = [r for r, value in enumerate(store.column("kind")) if where is None or value in ("a", "b")]
-        found = index.search(queries, 10, where)
-        assert agreement(ids(found), truth(model, store, queries, 10, rows)) > 0.98
-        for hits in found:
-            assert [store.id_of(hit.row) for hit in hits] == [hit.id for hit in hits]
-    store = write(tmp_path, model, latents, 500, ROWS)  # and added to afterwards
-    assert update(model, store, DIRECTION, factory)[2] == "100 rows added"
-    found = ids(LatentIndex(model, store, DIRECTION).search(queries, 10))
-    assert agreement(found, truth(model, store, queries, 10)) > 0.98
-    store.compact()
-    store = LatentStore.open(tmp_path)
-    with pytest.raises(ValueError, match="compacted or written anew since"):
-        LatentIndex(model, store, DIRECTION)
-    assert "made anew, because the store was compacted" in update(model, store, DIRECTION, factory)[2]
-    assert (
-        agreement(ids(LatentIndex(model, store, DIRECTION).search(queries, 10)), truth(model, store, queries, 10))
-        > 0.98
-    )
-
-
-def test_auto_that_outgrows_exact_is_made_anew(model, latents, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_altmoe, "EXACT_ROWS", 450)
-    store = write(tmp_path, model, latents, 0, 400)
-    assert update(model, store, DIRECTION)[0].factory == "exact"
-    store = write(tmp_path, model, latents, 400, ROWS)
-    backend, _, done = update(model, store, DIRECTION)
-    assert backend.factory == "IVF64,RaBitQ" and done == "made anew"
-
-
-def test_another_models_index_is_refused_naming_what_differs(model, latents, tmp_path):
-    store = write(tmp_path, model, latents)
-    _, folder, _ = update(model, store, DIRECTION, "IVF8,Flat")
-    with pytest.raises(ValueError, match=r"made with another model \(connector and scoring differ\)"):
-        LatentIndex(scored_model(1), store, DIRECTION)
-    other = scored_model(0)
-    other.config.scoring[DIRECTION]["beta"] = 0.1
-    with pytest.raises(ValueError, match=r"another model \(scoring differ\)"):
-        LatentIndex(other, store, DIRECTION)
-    assert len(LatentIndex(other, store, DIRECTION, rebuild=True)) == ROWS
-    update(other, store, DIRECTION, "IVF8,Flat")  # beside the first
-    assert len(list(folder.parent.iterdir())) == 2
-    for one in (model, other):
-        assert len(LatentIndex(one, store, DIRECTION)) == ROWS
-
-
-def test_an_index_in_the_wrong_place_is_refused(model, latents, tmp_path):
-    update(model, write(tmp_path / "a", model, latents), DIRECTION, "IVF8,Flat")
-    other = write(tmp_path / "b", model, {"image": latents["image"].flip(0)})
-    (tmp_path / "a" / "index").rename(tmp_path / "b" / "index")
-    with pytest.raises(ValueError, match="the store was compacted or written anew"):
-        LatentIndex(model, other, DIRECTION)
-
-
-@pytest.mark.parametrize("harm", ["cut", "missing", "json"])
-def test_a_damaged_index_is_named_and_can_be_made_again(model, latents, tmp_path, harm):
-    store = write(tmp_path, model, latents)
-    _, folder, _ = update(model, store, DIRECTION, "IVF8,Flat")
-    vectors = next(folder.glob("*.faiss"))
-    if harm == "cut":
-        vectors.write_bytes(vectors.read_bytes()[:-100])
-    elif harm == "missing":
-        vectors.unlink()
-    else:
-        (folder / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        LatentIndex(model, store, DIRECTION)
-    assert update(model, store, DIRECTION, "IVF8,Flat")[2] == "made anew"
-    assert len(LatentIndex(model, store, DIRECTION)) == ROWS
-
-
-def test_an_index_that_cannot_be_written_leaves_the_one_before(model, latents, tmp_path, monkeypatch):
-    store = write(tmp_path, model, latents, 0, 400)
-    _, folder, _ = update(model, store, DIRECTION, "IVF8,Flat")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    store = write(tmp_path, model, latents, 400, ROWS)
-
-    def full(*_):
-        raise RuntimeError("Error in faiss: write error: No space left on device")
-
-    monkeypatch.setattr("modeling_altmoe.index_files_altmoe.faiss.write_index", full)
-    with pytest.raises(OSError, match=r"Cannot write to .*No space left"):
-        update(model, store, DIRECTION, "IVF8,Flat")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_two_processes_do_not_make_one_index(model, store):
-    from filelock import FileLock
-
-    from modeling_altmoe.index_files_altmoe import folder_of
-
-    folder = folder_of(model, store, DIRECTION, "HNSW8")
-    folder.mkdir(parents=True)
-    with (
-        FileLock(folder / ".lock", thread_local=False, is_singleton=False),
-        pytest.raises(RuntimeError, match="Another process is making"),
-    ):
-        update(model, store, DIRECTION, "HNSW8")

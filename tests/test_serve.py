@@ -5,11 +5,9 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import socket
 import struct
 import subprocess
-import time
 import wave
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +17,13 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_bert, tiny_processors, tiny_vit, tiny_wav2vec2
 from database_servers import postgres_server
 from PIL import Image
-from transformers import Wav2Vec2FeatureExtractor
+from service_models import write_service
 
 pytest.importorskip("fastapi", reason="the service's packages are not installed: pip install -e '.[serve]'")
 
 from benchmarks import serve as benchmark
-from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
 from serving.engine import Engine, Query
 from serving.ingest import ingest
 from serving.limits import Limits
@@ -37,19 +33,6 @@ TEXTS = ["a cat", "a red tree", "dog", "blue house green square a red circle", "
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 JSON = {"content-type": "application/json"}
-
-# every batch takes k / 10 seconds
-SLOW = """
-import time
-from serving.engine import Engine
-answer = Engine.answer
-def slowly(self, queries):
-    time.sleep(max(query.k for query in queries) / 10)
-    return answer(self, queries)
-Engine.answer = slowly
-from trainer.cli import main
-main()
-"""
 
 
 def png(color: str, size=(40, 30)) -> bytes:
@@ -69,32 +52,7 @@ def wav(seconds: float, rate: int = 8000) -> bytes:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    """A published model of three modalities, and stores of what can be found."""
-    root = tmp_path_factory.mktemp("serve")
-    encoders = {"image": tiny_vit(), "text": tiny_bert(), "audio": tiny_wav2vec2()}
-    processors = {**tiny_processors(root), "audio": Wav2Vec2FeatureExtractor()}
-    torch.manual_seed(0)
-    model = AltMoEModel.from_encoders(
-        encoders,
-        ["image->text", "text->image", "audio->text", "audio->image", "image+audio->text"],
-        processors=processors,
-        protocols={"image": {"pooling": "cls"}},
-        base="none",
-        hidden_size=16,
-        moe_intermediate_size=8,
-        num_experts=4,
-        top_k=2,
-    ).eval()
-    model.save_pretrained(root / "model", self_contained=True)
-    AltMoEProcessor(processors).save_pretrained(root / "model")
-    for modality in ("image", "text"):
-        columns = {"category": "string", "year": "int32"}
-        store = LatentStore.create(root / modality, modality, model.config.encoders[modality], columns=columns)
-        latents = torch.nn.functional.normalize(torch.randn(60, model.config.latent_size(modality)), dim=-1)
-        kept = {"category": ["animals", "tools", "food"] * 20, "year": list(range(1960, 2020))}
-        store.append([f"{modality}{row}" for row in range(60)], latents, **kept)
-        store.flush()
-    return ["--model", str(root / "model"), *(f"--store={m}={root / m}" for m in ("image", "text")), "--threads", "1"]
+    return write_service(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +73,6 @@ def server(flags):
 def client(server):
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def slow(flags):
-    running = benchmark.Running([*flags, "--timeout", "1", "--max_queue", "3", "--max_batch", "1"], ("-c", SLOW))
-    yield running
-    running.stop()
 
 
 def found(answer: httpx.Response) -> list[tuple[str, float]]:
@@ -351,89 +302,6 @@ def test_memory_stays_flat_over_uploads(server):
         before = max(threads.map(upload, [25] * 4))
         after = max(threads.map(upload, [75] * 4))
     assert after - before < 40, (before, after)
-
-
-# ---------------------------------------------------------------- time, queue, stop
-
-
-def test_what_takes_too_long_is_ended(slow):
-    with httpx.Client(base_url=slow.url, timeout=60) as client:
-        answer = client.post("/search", json={"text": "a", "k": 15})
-        assert answer.status_code == 504 and "within 1 seconds" in answer.json()["error"]
-        time.sleep(0.6)  # the thread is busy with it still
-        assert client.post("/search", json={"text": "a", "k": 1}).status_code == 200
-
-
-def test_an_upload_that_never_ends_is_ended(slow):
-    host, port = slow.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as own:
-        own.sendall(
-            b"POST /search HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
-        )
-        answer = b""
-        while part := own.recv(4096):
-            answer += part
-    assert answer.startswith(b"HTTP/1.1 408") and b'{"error"' in answer
-
-
-def test_a_full_queue_refuses_and_says_when_to_come_again(slow):
-    def ask(_) -> httpx.Response:
-        return httpx.post(f"{slow.url}/search", json={"text": "a", "k": 2}, timeout=60)
-
-    with ThreadPoolExecutor(12) as threads:
-        answers = list(threads.map(ask, range(12)))
-    refused = [answer for answer in answers if answer.status_code == 503]
-    assert {answer.status_code for answer in answers} == {200, 503}
-    assert all(answer.headers["retry-after"] == "1" and "try again" in answer.json()["error"] for answer in refused)
-    assert ask(0).status_code == 200
-
-
-def test_sigterm_answers_what_is_inside_and_refuses_what_is_new(slow):
-    with ThreadPoolExecutor(1) as threads, httpx.Client(base_url=slow.url, timeout=60) as client:
-        assert client.get("/health").status_code == 200
-        running = threads.submit(httpx.post, f"{slow.url}/search", json={"text": "a", "k": 8}, timeout=60)
-        while not slow.metric("altmoe_requests_inside"):
-            time.sleep(0.01)
-        slow.process.send_signal(signal.SIGTERM)
-        while client.get("/health").status_code == 200:
-            time.sleep(0.01)
-        assert client.get("/health").json()["status"] == "stopping"
-        answer = client.post("/search", json={"text": "a"})
-        assert answer.status_code == 503 and "stopping" in answer.json()["error"]
-        assert running.result().status_code == 200
-    assert slow.process.wait(timeout=30) == 0
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{slow.url}/health")
-
-
-# ---------------------------------------------------------------- starting
-
-
-def refuses_to_start(capsys, *flags: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", *flags])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_start_up_errors_are_one_sentence(capsys, flags, tmp_path):
-    model, image = flags[:2], flags[2].removeprefix("--store=image=")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        said = refuses_to_start(capsys, *flags, "--port", port)
-    assert re.fullmatch(rf"error: Cannot listen on 127.0.0.1, port {port} .*: choose another --port or --host.\n", said)
-    free = [*model, "--port", "0", "--store"]
-    assert "expected MODALITY=STORE" in refuses_to_start(capsys, *free, image)
-    assert "already" in refuses_to_start(capsys, *free, f"image={image}", "--store", f"image={image}")
-    assert "holds 'image' latents, expected 'text'" in refuses_to_start(capsys, *free, f"text={image}")
-    assert "No LatentStore at" in refuses_to_start(capsys, *free, f"image={tmp_path}")
-    assert "No LatentStore at" in refuses_to_start(capsys, *free, "image=build/stores/nothing")
-    assert str(tmp_path) in refuses_to_start(
-        capsys, "--model", str(tmp_path), "--store", f"image={image}", "--port", "0"
-    )
-    assert "Unknown modality" in refuses_to_start(capsys, *free, f"smell={image}")
-    assert "--timeout 0" in refuses_to_start(capsys, *flags, "--timeout", "0")
-    assert "Unknown index" in refuses_to_start(capsys, *flags, "--port", "0", "--index", "nothing")
 
 
 # ---------------------------------------------------------------- inside

@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from modeling_altmoe import AltMoEConfig, LatentStore
+from modeling_altmoe import AltMoEConfig
 from modeling_altmoe.configuration_altmoe import unknown_name_message
+from modeling_altmoe.search_altmoe import open_store
 from trainer.schedules import SCHEDULES
 
 COMMON = (
@@ -208,7 +209,7 @@ def size_defaults(values: dict[str, Any]) -> dict[str, Any]:
     stores = values.get("stores")
     try:
         stores = json.loads(stores) if isinstance(stores, str) else stores
-        rows = min(len(LatentStore.open(path)) for path in stores.values())
+        rows = min(len(open_store(path)) for path in stores.values())
         kept = 1 - sum(
             float(values.get(name, FIELD_DEFAULTS[name])) for name in ("test_fraction", "validation_fraction")
         )

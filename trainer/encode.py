@@ -61,7 +61,13 @@ class EncodeArguments:
         default="mean", metadata={"help": "several layers: mean, or concat (side by side, each divided by its norm)"}
     )
     prompt: str = field(default="", metadata={"help": "text put before every caption"})
-    normalize: bool = field(default=True, metadata={"help": "divide latents by their L2 norm"})
+    normalize: bool = field(
+        default=True,
+        metadata={
+            "help": "divide every latent by its L2 norm, as sentence-transformers' normalize_embeddings does; "
+            "--no_normalize keeps it as the encoder and the pooling make it, and is another protocol"
+        },
+    )
     dtype: str = field(default="float32", metadata={"help": "stored as float32 or float16"})
     batch_size: int | None = field(
         default=None, metadata={"help": "items a batch (default: 64 on a GPU; on a CPU 4 pictures or sounds, 32 texts)"}
@@ -188,10 +194,11 @@ def encode(arguments: EncodeArguments) -> dict:
     encoder, own, entry = prepare_encoder(arguments)
     processor = AltMoEProcessor({arguments.modality: own}, {arguments.modality: arguments.prompt})
     kind = processor.kind(arguments.modality)
-    if data.holds not in (None, kind):
+    if given := data.unlike(kind):
+        takes = kind if kind == "text" else f"{kind}s or names of {kind} files"
         raise ValueError(
-            f"Column '{data.column}' of '{arguments.data}' holds {data.holds}s, but the encoder '{arguments.encoder}' takes "
-            f"{kind}: name another --column or another --encoder."
+            f"Column '{data.column}' of '{arguments.data}' holds {given}, but the encoder '{arguments.encoder}' takes "
+            f"{takes}: name another --column or another --encoder."
         )
     device = torch.device(arguments.device if arguments.device != "auto" else _best_device(ranks))
     encoder.to(device)

@@ -31,7 +31,13 @@ class EvaluateArguments:
     """Measure a finished model on held-out pairs."""
 
     model: str = field(metadata={"help": "folder written by 'altmoe train'"})
-    stores: str | None = field(default=None, metadata={"help": "LatentStores as JSON (default: those of the recipe)"})
+    stores: str | None = field(
+        default=None,
+        metadata={
+            "help": "LatentStores as JSON, {modality: folder or Hub name} (default: those of the recipe; needed for a "
+            "published model)"
+        },
+    )
     baselines: list[str] = field(
         default_factory=lambda: list(DEFAULT_BASELINES),
         metadata={"help": f"methods beside it: {', '.join(BASELINES)}, or none"},
@@ -54,6 +60,17 @@ def read_run(folder: str) -> dict:
     return yaml.safe_load(path.read_text())
 
 
+def _stores_of_the_recipe(recipe: dict, arguments: EvaluateArguments) -> dict[str, str]:
+    absent = [f"{modality} ('{path}')" for modality, path in recipe["stores"].items() if not Path(path).is_dir()]
+    if absent:
+        example = json.dumps(dict.fromkeys(recipe["stores"], "FOLDER"))
+        raise FileNotFoundError(
+            f"'{arguments.model}' is measured on LatentStores that are not here: {', '.join(absent)}. A published model does "
+            f"not bring them. Say where they are, or make them with 'altmoe encode': --stores '{example}'"
+        )
+    return recipe["stores"]
+
+
 def evaluate(arguments: EvaluateArguments) -> dict:
     """Measure the model and the baselines.
 
@@ -63,6 +80,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
 
     Raises:
         ValueError: unknown baseline or part, or stores of another protocol.
+        FileNotFoundError: no such model, or the stores of its recipe are not here.
     """
     names = [name for name in arguments.baselines if name != "none"]
     for name in names:
@@ -72,7 +90,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         raise ValueError(f"part '{arguments.part}': expected test or validation.")
     recipe = read_run(arguments.model)
     model = AltMoEModel.from_pretrained(arguments.model, load_encoders=False)
-    stores = open_stores(json.loads(arguments.stores) if arguments.stores else recipe["stores"])
+    stores = open_stores(json.loads(arguments.stores) if arguments.stores else _stores_of_the_recipe(recipe, arguments))
     for modality in model.config.modalities:
         stores[modality].check(modality, model.config.encoders[modality])
     parts = open_parts(model, stores, recipe)

@@ -24,6 +24,7 @@ from modeling_altmoe.configuration_altmoe import unknown_name_message
 from modeling_altmoe.encoding_altmoe import COMBINATIONS, POOLINGS, encode_latents
 from modeling_altmoe.latents_altmoe import DESCRIPTION, DTYPES
 from modeling_altmoe.processing_altmoe import ItemError
+from modeling_altmoe.sharing_altmoe import is_folder
 from trainer.encode import load_processor, prepare_encoder
 from trainer.items import RESERVED, open_data
 from trainer.vectors import KINDS, VectorSource, open_source
@@ -91,6 +92,7 @@ def find_protocol(arguments: argparse.Namespace, source: VectorSource) -> tuple[
         raise ValueError("Say what made the vectors: either --like STORE_OR_MODEL, or --encoder NAME_OR_FOLDER.")
     if not like:
         return _protocol_of_encoder(arguments, source)
+    is_folder(like, "a LatentStore or a model")
     is_store = (Path(like) / DESCRIPTION).is_file()
     if is_store:
         store = LatentStore.open(like)

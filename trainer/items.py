@@ -6,9 +6,11 @@ more than a window of items is ever in memory.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from datasets import (
@@ -27,10 +29,12 @@ from datasets import (
 from modeling_altmoe import AltMoEProcessor
 from modeling_altmoe.configuration_altmoe import unknown_name_message
 from modeling_altmoe.processing_altmoe import ItemError
+from modeling_altmoe.sharing_altmoe import is_folder
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 BLOCK = 256  # items looked up at a time
+FIRST = 8  # items by which a column of the wrong type is known
 WINDOW = 8192  # texts sorted by length at a time
 RESERVED = ("id", "latent")  # names of a store's own columns
 
@@ -61,6 +65,7 @@ def open_data(name: str, split: str = "train", streaming: bool = False) -> Datas
         extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
         data = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), streaming=streaming, **extra)
     else:
+        is_folder(name, "a data set", "dataset")
         try:
             data = load_dataset(name, streaming=streaming)
         except Exception as error:  # the Hub's client raises many kinds
@@ -170,6 +175,23 @@ class RawItems:
 
             yield Block(start, ids, read)
 
+    def unlike(self, kind: str) -> str | None:
+        """What the first items are, in words, if none of them can be what an encoder takes; None if one may be.
+
+        Args:
+            kind: "text", "image" or "audio".
+        """
+        if self.holds is not None:
+            return None if self.holds == kind else f"{self.holds}s"
+        block = next(self.blocks(), None)
+        items = block.read(list(range(min(FIRST, len(block.ids))))) if block else []
+        raws = [item.raw for item in items if item.raw is not None]
+        if not raws or any(_may_be(raw, kind) for raw in raws):
+            return None
+        if isinstance(raws[0], str):
+            return f"texts ('{shorten(raws[0], 60, placeholder=' ...')}')"
+        return f"values of type {type(raws[0]).__name__}"
+
     def _ids(self, rows: dict[str, list], start: int) -> list[str]:
         if self.id_column:
             return [str(value) for value in rows[self.id_column]]
@@ -199,6 +221,15 @@ def _kind(feature) -> str | None:
     if isinstance(feature, Value):
         return "string" if feature.dtype == "null" else feature.dtype  # a column of nothing yet
     return None
+
+
+def _may_be(raw, kind: str) -> bool:
+    """Whether an item may be what an encoder takes. A file that is missing may: that is told item by item."""
+    if kind == "text":
+        return isinstance(raw, str)
+    if isinstance(raw, str):  # a file's name, or what is in it as letters and digits
+        return os.path.isfile(raw) or bool(re.search(r"://|\.\w{2,5}$", raw)) or len(raw) > 1000
+    return not isinstance(raw, (bool, int, float))
 
 
 class Decoded(NamedTuple):

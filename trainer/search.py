@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
-from modeling_altmoe.search_altmoe import Hits, open_index, parse_where
+from modeling_altmoe import AltMoEModel, AltMoEProcessor
+from modeling_altmoe.search_altmoe import Hits, open_index, open_store, parse_where
 from trainer.contact_sheet import contact_sheet, pictures_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("store", help="folder of the LatentStore to search; - where a database has it all")
+    parser.add_argument("store", help="LatentStore to search: folder or Hub name; - where a database has it all")
     parser.add_argument("--model", required=True, help="trained or published model: folder or Hub name")
     parser.add_argument("--text", action="append", help="a query in words (may be repeated)")
     parser.add_argument("--image", action="append", help="a picture as the query (may be repeated)")
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     given = {m: getattr(arguments, m) for m in ("text", "image", "audio") if getattr(arguments, m)}
     if not given:
         raise ValueError("No query: give --text, --image or --audio.")
-    store = None if arguments.store == "-" else LatentStore.open(arguments.store)
+    store = None if arguments.store == "-" else open_store(arguments.store)
     held, columns = _held(arguments) if store is None else (store.modality, store.columns)
     model = AltMoEModel.from_pretrained(arguments.model)
     where = parse_where(arguments.where or [], columns)

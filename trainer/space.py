@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import modeling_altmoe
-from modeling_altmoe.sharing_altmoe import refuse_local_encoders
+from modeling_altmoe.sharing_altmoe import is_folder, refuse_local_encoders
 from trainer.card import TEMPLATE
 
 SPACE = TEMPLATE.parent / "space"
@@ -26,7 +26,7 @@ IGNORED = shutil.ignore_patterns(".lock", "*.tmp", "__pycache__", ".cache", ".gi
 
 def _place(folder: Path, inside: str, name: str | os.PathLike) -> tuple[str, bool]:
     """A Hub name as it is; a local folder copied to `inside`. Returns the name to use and whether the Hub has it."""
-    if os.path.isdir(name):
+    if is_folder(name, f"what becomes '{inside}'", "model" if inside == "model" else "dataset"):
         shutil.copytree(name, folder / inside, ignore=IGNORED, dirs_exist_ok=True)
         return inside, False
     try:

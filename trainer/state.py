@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from modeling_altmoe.sharing_altmoe import usual_mode
+
 
 def save_tree(tree, path: Path) -> None:
     """Write nested dictionaries, lists and tuples of tensors, arrays, numbers, strings and None.
@@ -39,6 +41,7 @@ def save_tree(tree, path: Path) -> None:
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"tree": json.dumps(plain(tree))})
+    usual_mode([path])
 
 
 def load_tree(path: Path):

@@ -15,6 +15,7 @@ from transformers import AutoModel, set_seed
 
 from modeling_altmoe import AltMoEConfig, AltMoEModel, AltMoEProcessor, LatentStore
 from modeling_altmoe.configuration_altmoe import parse_direction
+from modeling_altmoe.search_altmoe import open_store
 from trainer.arguments import OWN_FIELDS, AltMoEArguments, parse_arguments
 from trainer.encode import load_processor
 from trainer.fitting import choose_on_validation, fit_bases, fit_frames
@@ -34,7 +35,7 @@ def open_stores(stores: dict[str, str] | None) -> dict[str, LatentStore]:
     """
     if not stores:
         raise ValueError("No stores given. Name them in the recipe: 'stores: {image: folder, text: folder}'.")
-    opened = {modality: LatentStore.open(path) for modality, path in stores.items()}
+    opened = {modality: open_store(path) for modality, path in stores.items()}
     for modality, store in opened.items():
         if store.modality != modality:
             raise ValueError(f"'{store.path}' holds '{store.modality}' latents, the recipe calls it '{modality}'.")

@@ -15,8 +15,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from modeling_altmoe import AltMoEModel, AltMoEProcessor, LatentStore
-from modeling_altmoe.search_altmoe import LatentIndex
+from modeling_altmoe import AltMoEModel, AltMoEProcessor
+from modeling_altmoe.search_altmoe import LatentIndex, open_store
 
 try:
     from handler import read_image, read_sound  # in a Space: the endpoint's file lies beside this one
@@ -60,11 +60,6 @@ class Answer:
     milliseconds: dict[str, float]
     gates: dict[str, list[float]]
     trust: float
-
-
-def open_store(name: str) -> LatentStore:
-    """A LatentStore from a local folder or a Hub data set."""
-    return LatentStore.open(name) if os.path.isdir(name) else LatentStore.from_hub(name)
 
 
 def open_pictures(name: str) -> Dataset:

@@ -46,6 +46,7 @@ PARTS = {
     DEFAULT: (None, {}),
     "closed form only, experts off": (DEFAULT, {"max_steps": 1, "learning_rate": 0.0}),
     "no target metric": (DEFAULT, {"target_metric": "false"}),
+    "nothing recalled": (DEFAULT, {"recall": "false"}),
     "joint instead of alternating": (DEFAULT, JOINT),
     CONNECTOR: (None, ALONE),
     "one dense expert of equal active size": (CONNECTOR, {"num_experts": 1, "top_k": 1, "moe_intermediate_size": 128}),

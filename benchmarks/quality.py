@@ -48,8 +48,9 @@ LARGE = 4000  # training pairs from which a search of 24 trained heads takes an 
 FLAGS: list[str] = []  # further flags of `altmoe train`, for tests
 TEST, VALIDATION = 0.2, 0.1  # shares of the concepts
 SEARCH = {
-    "altmoe": "one recipe for all data sets; on training rows out of fold: 72 closed forms a direction, 17 metrics; on "
-    "validation: checkpoints, 5 shares of the experts, and up to 1,000 pairs the kernel ridge's 24 kernels",
+    "altmoe": "one recipe for all data sets; on training rows out of fold: 72 closed forms a direction, 17 metrics, "
+    "and up to 1,000 pairs whether to recall; on validation: checkpoints, 5 shares of the experts, and up to 1,000 pairs "
+    "the kernel ridge's 24 kernels",
     "paper": "one configuration; on validation: checkpoints",
     "others": f"at most {TRIALS} configurations on validation (trained ones by successive halving), and early stopping",
     "everybody": "on validation: 5 strengths of the hubness correction",

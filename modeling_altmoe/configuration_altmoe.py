@@ -87,6 +87,7 @@ class AltMoEConfig(PreTrainedConfig):
         target_metric (`bool`): the contrastive term's closed form is seen through a metric of the target latents, which
             is fitted with it (see `trainer.target_metric`).
         base_features (`dict[str, int]`): features of the closed form for each direction; written when it is fitted.
+        base_recalls (`list[str]`): directions whose closed form also recalls training items' partners; written likewise.
         scoring (`dict[str, dict]`): post-processing of scores by direction; written by `AltMoEModel.set_scoring`.
         head_scale (`float`): size of the experts' correction relative to the closed form's unit predictions.
         alpha (`float`): weight of the regression term; `1 - alpha` weighs the contrastive term (REFERENCE: 0.5).
@@ -117,6 +118,7 @@ class AltMoEConfig(PreTrainedConfig):
     base: str = "kernel"
     target_metric: bool = False
     base_features: dict[str, int] | None = None
+    base_recalls: list[str] | None = None
     scoring: dict[str, Any] | None = None
     head_scale: float = 1.0
     alpha: float = 0.5
@@ -135,6 +137,7 @@ class AltMoEConfig(PreTrainedConfig):
         self.encoders = dict(sorted((self.encoders or {}).items()))
         self.directions = list(self.directions or [])
         self.base_features = dict(self.base_features or {})
+        self.base_recalls = list(self.base_recalls or [])
         self.scoring = dict(self.scoring or {})
         self._check()
         super().__post_init__(**kwargs)

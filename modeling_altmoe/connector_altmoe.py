@@ -22,6 +22,7 @@ from .configuration_altmoe import AltMoEConfig
 from .scoring_altmoe import PRINT_SIZE
 
 CONTRASTIVE, REGRESSION = 0, 1
+RECALL_POWER = 3  # how much nearer training items count more in what is recalled
 
 
 @dataclass
@@ -83,9 +84,21 @@ class ClosedFormBase(nn.Module):
 
     With `has_metric`, `seen` multiplies a prediction by a symmetric matrix `(d_target, d_target)`, so that its inner
     product with a target is the one of partly whitened targets, while the targets themselves stay as they are stored.
+
+    With `recalls` (kernel only), it says a second thing beside its estimate of the target: the sum of the training items'
+    partners, each weighted by `max(0, cos(u, landmark)) ** RECALL_POWER` (kernel regression: Nadaraya 1964, Watson
+    1964). The two are stacked, `(b, 2, d_target)`, and `seen` gives both one vote. With few pairs they err differently.
     """
 
-    def __init__(self, kind: str, source_size: int, target_size: int, num_features: int, has_metric: bool = False):
+    def __init__(
+        self,
+        kind: str,
+        source_size: int,
+        target_size: int,
+        num_features: int,
+        has_metric: bool = False,
+        recalls: bool = False,
+    ):
         super().__init__()
         self.kind = kind
         if kind == "kernel":
@@ -96,16 +109,38 @@ class ClosedFormBase(nn.Module):
         self.has_metric = has_metric
         if has_metric:
             self.register_buffer("metric", torch.eye(target_size))
+        self.recalls = recalls
+        if recalls:
+            self.register_buffer("partners", torch.zeros(num_features, target_size))
 
-    def seen(self, prediction: torch.Tensor) -> torch.Tensor:
-        """A prediction `(b, d_target)` as the score sees it."""
-        return prediction @ self.metric if self.has_metric else prediction
+    @staticmethod
+    def estimate(said: torch.Tensor) -> torch.Tensor:
+        """The estimate of the target `(b, d_target)` in what was said."""
+        return said[:, 0] if said.ndim == 3 else said
+
+    def seen(self, said: torch.Tensor) -> torch.Tensor:
+        """What was said, `(b, d_target)` or `(b, 2, d_target)`, as the score sees it: `(b, d_target)`."""
+        estimate = self.estimate(said)
+        seen = estimate @ self.metric if self.has_metric else estimate
+        if said.ndim == 3:  # half way between the two, and about as long as the estimate
+            seen = (seen + F.normalize(said[:, 1], dim=-1) * seen.norm(dim=-1, keepdim=True)) / 2
+        return seen
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
+        """What it says of sources `(b, d_source)`: `(b, d_target)`, or `(b, 2, d_target)` if it recalls."""
         features = source
         if self.kind == "kernel":
-            features = torch.exp(self.gamma * (source @ self.landmarks.T - 1))
-        return features @ self.weight + self.bias
+            cosines = source @ self.landmarks.T
+            features = torch.exp(self.gamma * (cosines - 1))
+        estimate = features @ self.weight + self.bias
+        if not self.recalls:
+            return estimate
+        return torch.stack([estimate, recall_weights(cosines) @ self.partners], dim=1)
+
+
+def recall_weights(cosines: torch.Tensor) -> torch.Tensor:
+    """How much each training item's partner counts, by its cosine with the source."""
+    return cosines.clamp_min(0) ** RECALL_POWER
 
 
 class ScoreBank(nn.Module):
@@ -214,13 +249,16 @@ class AltMoEConnector(nn.Module):
         sources, target = self.config.resolve(direction)
         source_size = sum(self.config.latent_size(m) for m in sources)
         target_size = self.config.latent_size(target)
-        base = ClosedFormBase(self.config.base, source_size, target_size, num_features, self.config.target_metric)
+        recalls = direction in self.config.base_recalls
+        base = ClosedFormBase(
+            self.config.base, source_size, target_size, num_features, self.config.target_metric, recalls
+        )
         self.base[direction] = base
         return base
 
     @torch.no_grad()
-    def set_base(self, direction: str, weight, bias, landmarks=None, gamma=None, metric=None) -> None:
-        """Install a fitted closed form for one direction (and note its size in the configuration).
+    def set_base(self, direction: str, weight, bias, landmarks=None, gamma=None, metric=None, partners=None) -> None:
+        """Install a fitted closed form for one direction (and note its size and kind in the configuration).
 
         Args:
             direction: a direction of the model.
@@ -229,7 +267,10 @@ class AltMoEConnector(nn.Module):
             landmarks: `(features, d_source)`, kernel only.
             gamma: kernel width, kernel only.
             metric: `(d_target, d_target)`, only with `config.target_metric`; default: the identity.
+            partners: `(features, d_target)`, the landmarks' partners, kernel only; default: nothing is recalled.
         """
+        others = [name for name in self.config.base_recalls if name != direction]
+        self.config.base_recalls = others if partners is None else sorted([*others, direction])
         device = self.router.weight.device
         base = self._add_base(direction, len(weight)).to(device)
         base.weight.copy_(weight)
@@ -239,6 +280,8 @@ class AltMoEConnector(nn.Module):
             base.gamma.fill_(float(gamma))
         if metric is not None:
             base.metric.copy_(metric)
+        if partners is not None:
+            base.partners.copy_(partners)
         self.config.base_features[direction] = len(weight)
 
     def source(self, latents: dict[str, torch.Tensor], direction: str) -> torch.Tensor:
@@ -255,8 +298,9 @@ class AltMoEConnector(nn.Module):
         Args:
             latents: `{modality: (b, d_m)}` for each source of the direction.
             direction: e.g. `"image->text"`.
-            base_prediction: `(b, d_target)`, replaces the closed form's own prediction. In training these are its
-                predictions for items it was *not* fitted on, so that the experts learn to mend its honest errors.
+            base_prediction: `(b, d_target)` or `(b, 2, d_target)`, replaces what the closed form itself says. In
+                training that is what it says of items it was *not* fitted on, so that the experts learn to mend its
+                honest errors.
         """
         sources, target = self.config.resolve(direction)
         hidden = 0
@@ -282,7 +326,7 @@ class AltMoEConnector(nn.Module):
         if base_prediction is None and direction in self.base:
             base_prediction = self.base[direction](self.source(latents, direction))
         if base_prediction is not None:
-            predictions[REGRESSION] = base_prediction + predictions[REGRESSION]
+            predictions[REGRESSION] = ClosedFormBase.estimate(base_prediction) + predictions[REGRESSION]
             seen = self.base[direction].seen(base_prediction) if direction in self.base else base_prediction
             predictions[CONTRASTIVE] = seen + predictions[CONTRASTIVE]
         return DirectionOutput(predictions[CONTRASTIVE], predictions[REGRESSION], logits, indices, weights)

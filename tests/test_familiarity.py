@@ -104,6 +104,7 @@ def test_a_checkpoint_of_an_earlier_version_scores_as_before(trained, tmp_path):
     model, parts, _ = trained
     earlier = small_model(base="kernel")
     earlier.config.base_features = dict(model.config.base_features)
+    earlier.config.base_recalls = list(model.config.base_recalls)
     earlier = AltMoEModel(earlier.config).eval()
     for direction in model.directions:
         earlier.set_scoring(direction, dataclasses.replace(without(model, direction), known={}))

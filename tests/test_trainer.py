@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from modeling_altmoe import AltMoEModel, AltMoEProcessor
@@ -221,14 +222,14 @@ def test_training_on_a_base_starts_at_the_base_and_keeps_it(tmp_path, parts, kin
 
 
 def test_with_few_pairs_the_base_alone_is_the_kernel_ridge_that_validation_chose(parts, monkeypatch):
-    """With the experts off and no metric our scores are the competitor's, so the default starts level with it."""
+    """With the experts off, no metric and nothing recalled our scores are the competitor's: we start level with it."""
     pair, options = ("image", "text"), (2048, 0)
     monkeypatch.setattr(KernelRidge, "gammas", (1.0, 4.0))
     monkeypatch.setattr(KernelRidge, "lambdas", (0.03, 0.3))
     chosen = choose_on_validation(parts["train"], parts["validation"], *options)
     model = small_model(base="kernel", target_metric=False)
     fit_frames(model, parts["train"])
-    fit_bases(model, parts["train"], *options, progress=False, chosen=chosen)
+    fit_bases(model, parts["train"], *options, progress=False, chosen=chosen, recall=False)
     model.connector.trust.fill_(0.0)
     train, validation = partnered_latents(parts["train"], pair), retrieval_data(parts["validation"], pair)
     other = KernelRidge().fit(train, validation, torch.arange(len(train["image"])))
@@ -239,6 +240,62 @@ def test_with_few_pairs_the_base_alone_is_the_kernel_ridge_that_validation_chose
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
     monkeypatch.setattr(fitting, "FEW", 5)
     assert choose_on_validation(parts["train"], parts["validation"], *options) == {}
+
+
+@torch.no_grad()
+def test_with_few_pairs_partners_of_the_nearest_training_items_are_recalled(tmp_path, parts, monkeypatch):
+    monkeypatch.setattr(fitting, "_ranks_in_folds", lambda *sides: torch.zeros(2))  # training rows have no objection
+    model, train, held_out = small_model(base="kernel"), parts["train"], {}
+    fit_frames(model, train)
+    tables = fit_bases(model, train, progress=False, held_out=held_out)
+    direction = DIRECTIONS[0]
+    source, target = direction.split("->")
+    rows = train.batch(direction, range(len(train.rows[direction])))
+    known, partners = (model.connector.frames[m].unit(rows["latents"][m]) for m in (source, target))
+    base = model.connector.base[direction]
+
+    new = model.connector.frames[source].unit(parts["test"].latents[source])
+    said = base(new)
+    expected = (new @ known.T).clamp_min(0) ** 3 @ partners
+    torch.testing.assert_close(said[:, 1], expected, atol=1e-4, rtol=1e-3)
+    both = F.normalize(said[:, 0], dim=1) + F.normalize(said[:, 1], dim=1)
+    model.connector.trust.fill_(0.0)
+    queries = model.queries(direction, {source: parts["test"].latents[source]})
+    torch.testing.assert_close(queries, F.normalize(both, dim=1), atol=1e-5, rtol=1e-4)
+
+    # what experts and confidence learn from never holds the row's own partner
+    groups = torch.from_numpy(train.group_of_key[rows["keys"]])
+    for said, own in ((tables[direction][train.rows[direction]], groups), held_out[direction]):
+        others = (known @ known.T).clamp_min(0) ** 3 * (own[:, None] != own)
+        torch.testing.assert_close(said[:, 1], others @ partners, atol=1e-4, rtol=1e-3)
+
+    fit_scoring(model, train, parts["validation"], held_out=held_out)
+    model.save_pretrained(tmp_path / "model")
+    again = AltMoEModel.from_pretrained(tmp_path / "model")
+    assert torch.equal(again.queries(direction, {source: parts["test"].latents[source]}), queries)
+    assert again.config.base_recalls == sorted(DIRECTIONS)
+
+    monkeypatch.setattr(fitting, "FEW", 5)
+    fit_bases(model, train, progress=False)
+    assert model.config.base_recalls == [] and base.partners.shape == (len(known), partners.shape[1])
+    assert model.connector.base[direction](new).ndim == 2
+
+
+@torch.no_grad()
+def test_nothing_is_recalled_where_training_rows_do_better_without(parts):
+    """Of a smooth function that ridge has found, the partners of near items are a worse account."""
+    train, said, tables = parts["train"], {}, {}
+    for recall in (True, False):
+        model = small_model(base="kernel", target_metric=True)
+        fit_frames(model, train)
+        held_out = {}
+        tables[recall] = fit_bases(model, train, progress=False, held_out=held_out, recall=recall), held_out
+        said[recall] = model.queries("image->text", {"image": parts["test"].latents["image"]})
+        assert model.config.base_recalls == []
+    assert torch.equal(said[True], said[False])
+    for direction in DIRECTIONS:
+        assert torch.equal(*(found[direction] for found, _ in tables.values()))
+        assert torch.equal(*(held_out[direction][0] for _, held_out in tables.values()))
 
 
 def test_out_of_sample_predictions_are_used_in_training_only(tmp_path, parts):

@@ -68,6 +68,7 @@ class AltMoEArguments(TrainingArguments):
     latent_noise: float = _help("Gaussian noise on standardised source latents in training", 2.0)
     base: str = _help("closed form under the experts: none, ridge or kernel", "kernel")
     target_metric: bool = _help("score the closed form through a fitted metric of the target latents", True)
+    recall: bool = _help("with up to 1,000 pairs the kernel base also recalls the nearest training items", True)
     max_landmarks: int = _help("most landmarks of the kernel base (more items: Nystroem)", 2048)
     head_scale: float = _help("size of the experts' correction relative to the base", 1.0)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from modeling_altmoe.connector_altmoe import ClosedFormBase
 from modeling_altmoe.scoring_altmoe import (
     Postprocessing,
     is_known,
@@ -58,7 +59,8 @@ def fit_familiarity(
         places = np.sort(random.permutation(len(train.rows[reverse]))[:max_items])
         rows = train.rows[reverse][places]
         asked = np.sort(random.permutation(len(rows))[:max_queries])
-        predicted = F.normalize(held_out[reverse][0][torch.from_numpy(places[asked])].to(model.device).float(), dim=-1)
+        said = held_out[reverse][0][torch.from_numpy(places[asked])].to(model.device).float()
+        predicted = F.normalize(ClosedFormBase.estimate(said), dim=-1)
         stand_ins = model.connector.frames[source].inverse(predicted)
         partners = train.partner(source, train.key_codes[target][rows[asked]])
         own = train.latents[source][torch.from_numpy(partners)].to(model.device)

@@ -10,15 +10,16 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from modeling_altmoe.connector_altmoe import recall_weights
 from modeling_altmoe.scoring_altmoe import reverse_direction
 from trainer.baselines import KernelRidge
 from trainer.closed_form import fit_closed_form
 from trainer.measuring import modality_pairs, retrieval_data
 from trainer.pairs import LatentPairs
-from trainer.target_metric import fit_target_metrics
+from trainer.target_metric import PLAIN, fit_target_metrics, reciprocal_ranks
 
 METRIC_FOLDS = 5
-FEW = 1000  # training pairs up to which validation chooses the kernel base, see `choose_on_validation`
+FEW = 1000  # training pairs up to which validation chooses the kernel base (`choose_on_validation`) and it recalls
 
 
 def fit_frames(model, pairs: LatentPairs) -> None:
@@ -36,6 +37,7 @@ def fit_bases(
     progress: bool = True,
     held_out: dict | None = None,
     chosen: dict | None = None,
+    recall: bool = True,
 ) -> dict:
     """Fit a closed form (and, with `config.target_metric`, a metric of its targets) for every direction, in place.
 
@@ -45,26 +47,27 @@ def fit_bases(
         max_landmarks: most landmarks of a kernel base.
         seed: for the choice of landmarks.
         progress: show a bar.
-        held_out: filled with `{direction: ((rows, d_target), (rows,))}`: predictions made without a row's whole fold,
-            and the folds. Rows are those of `pairs.rows[direction]`.
+        held_out: filled with `{direction: (said, (rows,))}`: what the base says without a row's whole fold, in the form of
+            `ClosedFormBase.forward`, and the folds. Rows are those of `pairs.rows[direction]`.
         chosen: `{direction: {"gamma", "lam"}}`; directions that are not in it choose on their training rows.
+        recall: a kernel base of up to `FEW` pairs also recalls the partners of the nearest training items, unless its
+            training rows, out of fold, are found better without by more than one standard error.
 
     Returns:
-        `{direction: (rows of the first source, d_target)}` leave-group-out predictions, zero for unpaired rows.
+        `{direction: (rows of the first source, ...)}`: what the base says without a row's group, zero for unpaired rows.
     """
     threads = torch.get_num_threads()
     if len(pairs) < 3000:
         torch.set_num_threads(1)  # small decompositions gain nothing from threads and suffer when cores are shared
     try:
-        return _fit_bases(
-            model, pairs, max_landmarks, seed, progress, {} if held_out is None else held_out, chosen or {}
-        )
+        held_out = {} if held_out is None else held_out
+        return _fit_bases(model, pairs, max_landmarks, seed, progress, held_out, chosen or {}, recall)
     finally:
         torch.set_num_threads(threads)
 
 
 def _fit_bases(
-    model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool, held_out: dict, chosen: dict
+    model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool, held_out: dict, chosen: dict, recall: bool
 ) -> dict:
     out_of_sample = {}
     connector, device = model.connector, model.device
@@ -96,15 +99,26 @@ def _fit_bases(
             folds=folds[groups],
             **fixed,
         )
-        connector.set_base(direction, fit.weight, fit.bias, fit.landmarks, fit.gamma)
+        said, said_out_of_fold, partners = fit.out_of_sample, fit.out_of_fold, None
+        if recall and model.config.base == "kernel" and len(rows) <= FEW:
+            nearest = (source.cpu() @ fit.landmarks.T).argmax(1)  # itself: up to so many, every item is a landmark
+            partners = torch.zeros(len(fit.landmarks), targets.shape[-1]).index_add(0, nearest, targets.cpu())
+            said = torch.stack([said, _recalled_without(groups, source, targets)], dim=1)
+            said_out_of_fold = torch.stack([said_out_of_fold, _recalled_without(folds[groups], source, targets)], dim=1)
+        connector.set_base(direction, fit.weight, fit.bias, fit.landmarks, fit.gamma, partners=partners)
         first = pairs.latents[sources[0]]
-        table = torch.zeros(len(first), targets.shape[-1], device=device)
-        table[torch.from_numpy(rows).to(device)] = fit.out_of_sample.float().to(device)
+        table = torch.zeros(len(first), *said.shape[1:], device=device)
+        table[torch.from_numpy(rows).to(device)] = said.float().to(device)
         out_of_sample[direction], out_of_fold[direction] = table, fit.out_of_fold
-        held_out[direction] = fit.out_of_fold, folds[groups]
-    if model.config.target_metric:
-        _fit_metrics(model, pairs, out_of_fold, items, folds, seed)
+        held_out[direction] = said_out_of_fold, folds[groups]
+    _fit_scores(model, pairs, out_of_fold, out_of_sample, held_out, items, folds, seed)
     return out_of_sample
+
+
+def _recalled_without(parts: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What is recalled for every training row, `(n, d_target)`, without the rows of its own part."""
+    weights = recall_weights(sources @ sources.T).cpu() * (parts[:, None] != parts)
+    return weights @ targets.cpu()
 
 
 def choose_on_validation(pairs: LatentPairs, validation: LatentPairs, max_landmarks: int = 2048, seed: int = 0) -> dict:
@@ -127,8 +141,10 @@ def choose_on_validation(pairs: LatentPairs, validation: LatentPairs, max_landma
     return chosen
 
 
-def _fit_metrics(model, pairs: LatentPairs, out_of_fold: dict, items, folds, seed: int) -> None:
-    """A metric of the targets for every direction; the two directions of a pair are fitted together."""
+def _fit_scores(
+    model, pairs: LatentPairs, out_of_fold: dict, out_of_sample: dict, held_out: dict, items, folds, seed: int
+) -> None:
+    """A metric of the targets, and whether to recall, for every direction; the two of a pair are judged together."""
     done = set()
     for direction in pairs.directions:
         reverse = reverse_direction(direction)
@@ -150,7 +166,32 @@ def _fit_metrics(model, pairs: LatentPairs, out_of_fold: dict, items, folds, see
             keys[target] = pairs.key_codes[target][rows]
         parts = {side: folds[torch.from_numpy(pairs.group_of_key[codes])] for side, codes in keys.items()}
         same = {side: items[codes] for side, codes in keys.items()}
-        metrics, _ = fit_target_metrics(predictions, targets, parts, same, seed=seed)
-        for name in together:
-            sources, target = model.config.resolve(name)
-            model.connector.base[name].metric.copy_(metrics["+".join(sources), target])
+        bases = {name: model.connector.base[name] for name in together}
+        if model.config.target_metric:
+            metrics, _ = fit_target_metrics(predictions, targets, parts, same, seed=seed)
+            for base, metric in zip(bases.values(), metrics.values(), strict=True):
+                base.metric.copy_(metric)
+        if all(base.recalls for base in bases.values()):
+            both, alone = {}, {}
+            for way, (name, base) in zip(predictions, bases.items(), strict=True):
+                said = held_out[name][0].to(model.device)
+                both[way], alone[way] = (base.seen(say).cpu() for say in (said, base.estimate(said)))
+            gain = _ranks_in_folds(both, targets, parts, same) - _ranks_in_folds(alone, targets, parts, same)
+            if gain.mean() < -gain.std(correction=0) / len(gain) ** 0.5:
+                for name, base in bases.items():
+                    metric = base.metric if base.has_metric else None
+                    model.connector.set_base(name, base.weight, base.bias, base.landmarks, base.gamma, metric)
+                    out_of_sample[name] = base.estimate(out_of_sample[name])
+                    held_out[name] = base.estimate(held_out[name][0]), held_out[name][1]
+
+
+def _ranks_in_folds(said: dict, targets: dict, folds: dict, items: dict) -> torch.Tensor:
+    """1 / rank of every training row's best match among the targets of its fold; arguments as in `fit_target_metrics`."""
+    found, (source, target) = [], next(iter(said))
+    for fold in folds[source].unique():
+        here = {side: ids == fold for side, ids in folds.items()}
+        match = items[source][here[source]][:, None] == items[target][here[target]]
+        if match.any() and not match.all():
+            parts = [(rows[here[s]], targets[t][here[t]], torch.ones(())) for (s, t), rows in said.items()]
+            found.append(reciprocal_ranks(parts, match, *PLAIN))
+    return torch.cat(found or [torch.zeros(1)])

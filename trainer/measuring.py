@@ -149,7 +149,7 @@ def fit_scoring(
         train: training items fill the banks (at most `max_bank` a direction travel with the checkpoint).
         validation: sets the scales and the strength of the correction.
         target_precision: share of right answers that the confidence threshold is chosen for.
-        held_out: the closed form's out-of-fold predictions of `fit_bases`: then familiarity is chosen, and confidence is
+        held_out: what the closed form says out of fold, from `fit_bases`: then familiarity is chosen, and confidence is
             calibrated on all training rows. Without them familiarity is 0, and confidence is calibrated on validation,
             where the threshold is chosen with a standard error of caution, because validation is small.
     """
@@ -189,8 +189,8 @@ def held_out_scores(model, train: LatentPairs, direction: str, held_out: dict, m
     post, generator = model.postprocessing(direction), torch.Generator().manual_seed(seed)
     vectors, parts, keys = {}, {}, {}
     for way in ways:
-        predictions, parts[way] = held_out[way]
-        vectors[way] = F.normalize(model.connector.base[way].seen(predictions.to(model.device)), dim=-1).cpu()
+        said, parts[way] = held_out[way]
+        vectors[way] = F.normalize(model.connector.base[way].seen(said.to(model.device)), dim=-1).cpu()
         keys[way] = torch.from_numpy(train.key_codes[way.partition("->")[0]][train.rows[way]])
     own = {m: model.connector.frames[m].unit(train.latents[m].to(model.device)).cpu() for m in (source, target)}
     targets = torch.from_numpy(np.flatnonzero(np.isin(train.key_codes[target], keys[direction].numpy())))

@@ -81,7 +81,7 @@ def fit_target_metrics(
         match = items[source][here[source]][:, None] == items[target][here[target]][None, :]
         if match.any() and not match.all():
             for place, choice in enumerate(choices):
-                found[place].append(_reciprocal_ranks(parts, match, *choice))
+                found[place].append(reciprocal_ranks(parts, match, *choice))
     values = torch.stack([torch.cat(ranks or [torch.zeros(1)]) for ranks in found])  # (choices, queries)
     criteria = values.mean(1)
     best = int(criteria.argmax())  # the first of equals
@@ -99,8 +99,14 @@ def fit_target_metrics(
     return metrics, {"power": power, "ridge": ridge, **about}
 
 
-def _reciprocal_ranks(parts: list, match: Tensor, power: float, ridge: float) -> Tensor:
-    """1 / rank of every query's best match, of both directions' standardised scores where there are two."""
+def reciprocal_ranks(parts: list, match: Tensor, power: float, ridge: float) -> Tensor:
+    """1 / rank of every query's best match, of both directions' standardised scores where there are two.
+
+    Args:
+        parts: `(said, true, energy)` of a direction and of its reverse, if there is one; all in the targets' eigenbasis,
+            whose energies may be anything with `PLAIN`, which compares as it is.
+        match: `(n, m)` boolean, for the first direction.
+    """
     scores = 0
     for place, (said, true, energy) in enumerate(parts):
         found = F.normalize(said * (energy + ridge) ** -power, dim=1) @ true.T

@@ -131,7 +131,8 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
         chosen = {}
         if model.config.base == "kernel" and "validation" in parts:
             chosen = choose_on_validation(parts["train"], parts["validation"], *options)
-        out_of_sample = fit_bases(model, parts["train"], *options, arguments.process_index == 0, held_out, chosen)
+        show = arguments.process_index == 0
+        out_of_sample = fit_bases(model, parts["train"], *options, show, held_out, chosen, arguments.recall)
 
     trainer = AltMoETrainer(
         model,

@@ -101,7 +101,7 @@ def _fit_bases(
         )
         said, said_out_of_fold, partners = fit.out_of_sample, fit.out_of_fold, None
         if recall and model.config.base == "kernel" and len(rows) <= FEW:
-            nearest = (source.cpu() @ fit.landmarks.T).argmax(1)  # itself: up to so many, every item is a landmark
+            nearest = (source.cpu() @ fit.landmarks.T).argmax(1)  # itself, where every item is a landmark
             partners = torch.zeros(len(fit.landmarks), targets.shape[-1]).index_add(0, nearest, targets.cpu())
             said = torch.stack([said, _recalled_without(groups, source, targets)], dim=1)
             said_out_of_fold = torch.stack([said_out_of_fold, _recalled_without(folds[groups], source, targets)], dim=1)
@@ -171,7 +171,7 @@ def _fit_scores(
             metrics, _ = fit_target_metrics(predictions, targets, parts, same, seed=seed)
             for base, metric in zip(bases.values(), metrics.values(), strict=True):
                 base.metric.copy_(metric)
-        if all(base.recalls for base in bases.values()):
+        if any(base.recalls for base in bases.values()):
             both, alone = {}, {}
             for way, (name, base) in zip(predictions, bases.items(), strict=True):
                 said = held_out[name][0].to(model.device)

@@ -75,7 +75,7 @@ def test_defaults_follow_the_number_of_pairs(tmp_path, monkeypatch):
         def __len__(self):
             return self.rows
 
-    monkeypatch.setattr("trainer.arguments.LatentStore.open", lambda path: Store())
+    monkeypatch.setattr("trainer.arguments.open_store", lambda path: Store())
     recipe = tmp_path / "r.yaml"
     recipe.write_text("stores: {image: a, text: b}\nhidden_size: 256\n")
     large = parse_arguments([str(recipe)])

@@ -44,7 +44,6 @@ EXACT_ROWS = 20_000  # up to here "auto" is exact: a few milliseconds and about 
 EXACT_MATCHES = 20_000  # rows that meet a condition are searched one by one up to here
 BATCH_ROWS = 16_384  # added at a time
 DERIVED_ROWS = 512  # through the connector at a time: what it makes of them stays in the processor's cache
-HNSW_LISTS = 2048  # from here on a graph finds a vector's lists faster than comparing all of them
 TRAINING_ROWS, TRAINING_ROUNDS = 20, 5  # rows a list; with more it only takes longer
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def choose_index(index: str, rows: int) -> str:
         return "exact"
     lists = 2 ** min(12, round(math.log2(2 * rows**0.5)))
     # turned at random (RR) first, codes of one bit are off by half as much (measured), and a quarter need be ranked again
-    return f"RR,IVF{lists}{'_HNSW32' if lists >= HNSW_LISTS else ''},RaBitQ"
+    return f"RR,IVF{lists},RaBitQ"
 
 
 class Kept:

@@ -20,7 +20,6 @@ import torch
 try:  # stores need them, loading a checkpoint does not
     import filelock  # noqa: F401 - writing needs it; said when a store is opened
     import pyarrow as pa
-    from datasets import Dataset, concatenate_datasets
 except ImportError:
     pa = None
 
@@ -52,7 +51,7 @@ class LatentStore(StoreWriter):
 
     def __init__(self, path: str | os.PathLike, description: dict[str, Any], *, rank: int = 0, world: int = 1):
         if pa is None:
-            raise ImportError("A LatentStore needs datasets and filelock: pip install datasets filelock.")
+            raise ImportError("A LatentStore needs pyarrow and filelock: pip install pyarrow filelock.")
         self.path = Path(path)
         self.description = description
         self.modality: str = description["modality"]
@@ -251,8 +250,16 @@ class LatentStore(StoreWriter):
         return [(shard.file_identity.hex(), len(shard.vectors), shard.dead) for shard in self._shards]
 
     @property
-    def dataset(self) -> "Dataset":
-        """All rows as a memory-mapped `datasets.Dataset` (columns `id`, `latent`, and the metadata)."""
+    def dataset(self):
+        """All rows as a memory-mapped `datasets.Dataset` (columns `id`, `latent`, and the metadata).
+
+        Raises:
+            ImportError: datasets is not installed.
+        """
+        try:  # half a second, which a search does without
+            from datasets import Dataset, concatenate_datasets
+        except ImportError as error:
+            raise ImportError("A data set of the rows needs datasets: pip install datasets.") from error
         if not len(self):
             return Dataset.from_dict({name: [] for name in ("id", "latent", *self.columns)})
         parts = []

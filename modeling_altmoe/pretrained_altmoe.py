@@ -6,6 +6,7 @@ weights; encoders stay in their own repositories unless `self_contained=True`.
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -155,7 +156,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         cls,
         pretrained_model_name_or_path,
         *args,
-        load_encoders: bool = True,
+        load_encoders: bool | Sequence[str] = True,
         encoders=None,
         is_trainable=False,
         **kwargs,
@@ -164,7 +165,8 @@ class AltMoEPreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: Hub repository or local folder.
-            load_encoders: False loads the connector alone (enough for work on stored latents).
+            load_encoders: False loads the connector alone (enough for work on stored latents); names of modalities, only
+                their encoders (enough to search stored latents with queries of these).
             encoders: `{modality: Hub name, local folder or loaded model}` instead of the recorded ones, whose weights
                 they must have. A Hub name is recorded, so that the model can be saved and pushed by reference to it.
             is_trainable: LoRA weights may be trained on.
@@ -206,11 +208,14 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         for parameter in [*model.parameters(), *model.buffers()]:
             # memory-mapped weights start at odd addresses, where matrix products may round differently
             parameter.data = parameter.data.clone()
-        for modality in encoders or {}:
+        wanted = model.config.modalities if load_encoders is True else load_encoders or ()
+        for modality in (*wanted, *(encoders or {})):
             model.config.latent_size(modality)
         for modality, entry in model.config.encoders.items():
             given = (encoders or {}).get(modality)
-            if given is None and not (load_encoders and (entry.get("self_contained") or entry.get("name_or_path"))):
+            if given is None and not (
+                modality in wanted and (entry.get("self_contained") or entry.get("name_or_path"))
+            ):
                 continue
             encoder, commit = given, None
             if not isinstance(given, nn.Module):

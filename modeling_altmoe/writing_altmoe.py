@@ -14,7 +14,6 @@ import torch
 
 try:  # stores need them, loading a checkpoint does not
     import pyarrow as pa
-    from datasets import Features, List, Value
     from filelock import FileLock
 except ImportError:
     pa = None
@@ -53,6 +52,10 @@ class StoreWriter:
         self._lock: FileLock | None = None
 
     def _schema(self) -> "pa.Schema":
+        try:  # half a second, which a search does without
+            from datasets import Features, List, Value
+        except ImportError as error:
+            raise ImportError("Writing a LatentStore needs datasets: pip install datasets.") from error
         features = {"id": Value("string"), "latent": List(Value(self.dtype), length=self.latent_size)}
         features.update({name: Value(kind) for name, kind in self.columns.items()})
         schema = Features(features).arrow_schema

@@ -181,6 +181,9 @@ def test_connector_alone(joined, tmp_path):
     assert not alone.encoders
     with pytest.raises(ValueError, match="No image encoder is attached"):
         alone.encode("image", {})
+    assert list(AltMoEModel.from_pretrained(tmp_path, load_encoders=["text"]).encoders) == ["text"]
+    with pytest.raises(ValueError, match="'txt'"):
+        AltMoEModel.from_pretrained(tmp_path, load_encoders=["txt"])
 
 
 def test_lora_round_trip(encoder_folders, inputs, tmp_path):

@@ -119,7 +119,7 @@ def test_confidence_is_the_same_for_exact_and_approximate_indexes(model, store, 
 
 def test_auto_is_chosen_by_the_number_of_rows():
     assert choose_index("auto", 20_000) == "exact" and choose_index("auto", 100_000) == "RR,IVF512,RaBitQ"
-    assert choose_index("auto", 1_000_000) == "RR,IVF2048_HNSW32,RaBitQ"
+    assert choose_index("auto", 1_000_000) == "RR,IVF2048,RaBitQ"
     assert choose_index("HNSW32", 5) == "HNSW32"
 
 

@@ -123,8 +123,7 @@ def load_encoder(
     if isinstance(config, dict):
         config = AutoConfig.for_model(**config)
     try:
-        where = {k: v for k, v in hub_kwargs.items() if k in ("token", "cache_dir")}
-        if not is_folder(source, "an encoder", **where):
+        if not is_folder(source, "an encoder", token=hub_kwargs.get("token"), cache_dir=hub_kwargs.get("cache_dir")):
             asked = {k: v for k, v in hub_kwargs.items() if k in ("token", "cache_dir", "local_files_only")}
             # a branch becomes the commit it points to now; where that fails, loading says why
             revision = getattr(resolve_revision(source, revision, **asked), "resolved", revision)

@@ -123,6 +123,18 @@ def processor(tmp_path_factory):
     return AltMoEProcessor(tiny_processors(tmp_path_factory.mktemp("processors")))
 
 
+@pytest.fixture(scope="module")
+def postgres():
+    """The address of a real PostgreSQL with pgvector, without a table."""
+    from database_servers import postgres_server
+
+    psycopg = pytest.importorskip("psycopg")
+    with postgres_server() as address:
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION vector")
+        yield address
+
+
 @pytest.fixture
 def pictures() -> list[Image.Image]:
     return [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]

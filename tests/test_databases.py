@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from database_servers import PASSWORD, QUOTED, free_port, milvus_server, postgres_server
+from database_servers import PASSWORD, QUOTED, free_port, milvus_server
 from database_tables import (
     COLUMNS,
     ENTRY,
@@ -30,15 +30,6 @@ from serving import databases, ingest
 from trainer.cli import main
 
 numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    psycopg = pytest.importorskip("psycopg")
-    with postgres_server() as address:
-        with psycopg.connect(address, autocommit=True) as connection:
-            connection.execute("CREATE EXTENSION vector")
-        yield address
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from database_servers import PASSWORD, QUOTED, postgres_server
+from database_servers import PASSWORD, QUOTED
 from database_tables import (
     ENTRY,
     assert_same,
@@ -17,15 +17,6 @@ from modeling_altmoe import LatentStore
 from modeling_altmoe.search_altmoe import LatentIndex, open_index
 from serving import databases, ingest
 from trainer.cli import main
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    psycopg = pytest.importorskip("psycopg")
-    with postgres_server() as address:
-        with psycopg.connect(address, autocommit=True) as connection:
-            connection.execute("CREATE EXTENSION vector")
-        yield address
 
 
 @pytest.fixture

@@ -61,7 +61,9 @@ def read_run(folder: str) -> dict:
 
 
 def _stores_of_the_recipe(recipe: dict, arguments: EvaluateArguments) -> dict[str, str]:
-    absent = [f"{modality} ('{path}')" for modality, path in recipe["stores"].items() if not Path(path).is_dir()]
+    # OWNER/NAME may be a store on the Hub, which is asked when it is opened
+    given = recipe["stores"].items()
+    absent = [f"{modality} ('{path}')" for modality, path in given if not Path(path).is_dir() and path.count("/") != 1]
     if absent:
         example = json.dumps(dict.fromkeys(recipe["stores"], "FOLDER"))
         raise FileNotFoundError(

@@ -7,7 +7,8 @@ made of them: each item lies between a real latent and one of its ten nearest ne
 dimension's spread. What is measured of the ranking is agreement with an exact search of the same gallery, not retrieval
 quality. `--rows 10000000` writes 16 GB of float16 latents in chunks and an index of 18 GB. A run that was interrupted goes on
 where its gallery or its index was; both are deleted when they are measured (`--keep` leaves them).
-Latencies are wall-clock time; what parts of the work cost is processor time, which other users of a machine change less.
+An index is built with all cores, as `altmoe index` does; what is measured runs in a process of its own on one. Latencies
+are wall-clock time; what parts of the work cost is processor time, which other users of a machine change less.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core: what a query costs, not what a machine can hide
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import faiss
@@ -247,6 +247,7 @@ def run_size(model, real, test, run: Path, folder: Path, rows: int, direction: s
     result = {"rows": rows, "direction": direction, "store_mb": on_disk(folder) - on_disk(folder / "index")}
     result |= {"factory": backend.factory, "index_mb": index_mb, **json.loads(kept.read_text())}
     print(f"{rows:,} rows indexed in {result['build_seconds']:.0f} s: {backend.describe()}", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the new process: what a query costs, not what a machine can hide
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
         return result | alone.submit(measure, str(run), str(folder), direction, test[source], batch).result()
 
@@ -292,7 +293,6 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave galleries and their indexes, for another run")
     parser.add_argument("--work", default="build/search", help="where galleries are written (default: build/search)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     work = Path(arguments.work) / arguments.data
     model, real, test = prepare(arguments.data, work)
     results, about = read_results(PATH, "sizes"), {"machine": machine(), "threads": 1}

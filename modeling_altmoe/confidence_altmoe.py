@@ -29,13 +29,15 @@ def score_features(top_scores: torch.Tensor, collection_size: int) -> torch.Tens
     """
     if top_scores.dim() != 2 or not top_scores.shape[1]:
         raise ValueError(f"top_scores must be (queries, at least 1), got {tuple(top_scores.shape)}")
-    best, others = top_scores[:, 0], top_scores[:, 1:SHORT_LIST]
-    if not others.shape[1]:
-        others = best[:, None]
-    below = others.masked_fill(others >= best[:, None] - 1e-4, -torch.inf).amax(1)
-    below = torch.where(below.isfinite(), below, best)
-    size = best.new_full((len(best),), math.log(collection_size))
-    return torch.stack([best, best - below, best - others.mean(1), size], dim=1)
+    lists = top_scores[:, :SHORT_LIST].double().tolist()
+    return top_scores.new_tensor([_features(scores, collection_size) for scores in lists])
+
+
+def _features(scores: list[float], size: int) -> tuple[float, float, float, float]:
+    # ten numbers a query: plain Python takes a tenth of what tensors take for one
+    best, others = scores[0], scores[1:] or scores
+    below = max((score for score in others if score < best - 1e-4), default=best)
+    return best, best - below, best - sum(others) / len(others), math.log(size)
 
 
 @dataclass
@@ -56,8 +58,14 @@ class Calibration:
 
     def confidence(self, top_scores: torch.Tensor, collection_size: int) -> torch.Tensor:
         """`(n, k)` falling scores -> `(n,)` probabilities that the first result is a true match."""
-        features = score_features(top_scores.double(), collection_size)
-        return torch.sigmoid(features @ torch.tensor(self.weight, dtype=torch.float64) + self.bias)
+        lists = top_scores[:, :SHORT_LIST].double().tolist()
+        return torch.tensor([self.sure(scores, collection_size) for scores in lists], dtype=torch.float64)
+
+    def sure(self, scores: list[float], collection_size: int) -> float:
+        """As `confidence`, of one query: its falling scores -> the probability that the first result is a true match."""
+        features = _features(scores[:SHORT_LIST], collection_size)
+        logit = sum(weight * feature for weight, feature in zip(self.weight, features, strict=True)) + self.bias
+        return 1 / (1 + math.exp(-max(-700.0, logit)))
 
     def as_dict(self) -> dict:
         """For `config.scoring`."""

@@ -6,6 +6,7 @@ Goes out: one validated `AltMoEConfig`. Nothing here loads a weight or knows a t
 
 import difflib
 import re
+from functools import lru_cache
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -25,7 +26,12 @@ def parse_direction(direction: str) -> tuple[tuple[str, ...], str]:
     Raises:
         ValueError: if the string has not exactly one arrow, or a modality name is empty, repeated or ill-formed.
     """
-    parts = [part.strip() for part in str(direction).split("->")]
+    return _parse_direction(str(direction))
+
+
+@lru_cache(maxsize=1024)  # asked for several times a search
+def _parse_direction(direction: str) -> tuple[tuple[str, ...], str]:
+    parts = [part.strip() for part in direction.split("->")]
     sources = tuple(name.strip() for name in parts[0].split("+"))
     names = (*sources, *parts[1:])
     if len(parts) != 2 or len(set(sources)) != len(sources) or not all(MODALITY_NAME.match(name) for name in names):
@@ -192,9 +198,10 @@ class AltMoEConfig(PreTrainedConfig):
         Raises:
             ValueError: if the modality is unknown.
         """
-        if modality not in self.encoders:
-            raise ValueError(unknown_name_message("modality", modality, self.encoders))
-        return self.encoders[modality]["latent_size"]
+        encoders = self.encoders  # once: transformers looks an attribute up in Python, and searches ask for many
+        if modality not in encoders:
+            raise ValueError(unknown_name_message("modality", modality, encoders))
+        return encoders[modality]["latent_size"]
 
     def resolve(self, direction: str, known: bool = True) -> tuple[tuple[str, ...], str]:
         """Sources and target of a direction, after checking that the model has it.
@@ -207,8 +214,10 @@ class AltMoEConfig(PreTrainedConfig):
             ValueError: if the direction is ill-formed, unknown, or names an unknown modality.
         """
         sources, target = parse_direction(direction)
+        encoders = self.encoders
         for modality in (*sources, target):
-            self.latent_size(modality)
+            if modality not in encoders:
+                raise ValueError(unknown_name_message("modality", modality, encoders))
         if known and direction not in self.directions:
             raise ValueError(unknown_name_message("direction", direction, self.directions))
         return sources, target

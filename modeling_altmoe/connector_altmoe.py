@@ -22,6 +22,7 @@ from .configuration_altmoe import AltMoEConfig
 from .scoring_altmoe import PRINT_SIZE
 
 CONTRASTIVE, REGRESSION = 0, 1
+TERMS = ("contrastive", "regression")  # in that order
 RECALL_POWER = 3  # how much nearer training items count more in what is recalled
 
 
@@ -289,6 +290,16 @@ class AltMoEConnector(nn.Module):
         sources, _ = self.config.resolve(direction)
         parts = [self.frames[m].unit(latents[m]) for m in sources]
         return torch.cat(parts, dim=-1) / len(parts) ** 0.5
+
+    def predictions(self, latents: dict[str, torch.Tensor], direction: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(contrastive, regression)` as `forward` gives them, `(b, d_target)` each, and nothing else: outside training,
+        experts whose correction is trusted with nothing are not run."""
+        if self.training or direction not in self.base or self.trust[self.config.directions.index(direction)]:
+            output = self(latents, direction)
+            return output.contrastive, output.regression
+        base = self.base[direction]
+        said = base(self.source(latents, direction))
+        return base.seen(said), base.estimate(said)
 
     def forward(
         self, latents: dict[str, torch.Tensor], direction: str, base_prediction: torch.Tensor | None = None

@@ -7,10 +7,11 @@ shard carries the protocol's fingerprint in its schema. `writing_altmoe` is the 
 is ever changed by training a connector.
 """
 
+import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from .encoding_altmoe import LatentProtocol
 from .shards_altmoe import Shard, cannot_write, hash_ids, list_shards, read_deleted, write_file
 from .sharing_altmoe import push_folder, shareable, store_card
 from .writing_altmoe import DESCRIPTION, DTYPES, FORMAT, StoreWriter
+
+FEW = 32  # rows that are read one by one faster than together
 
 
 class LatentStore(StoreWriter):
@@ -203,6 +206,7 @@ class LatentStore(StoreWriter):
             )
         self._shards.append(shard)
         self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self._ends_list = self._ends.tolist()
 
     @property
     def generation(self) -> int:
@@ -326,7 +330,7 @@ class LatentStore(StoreWriter):
 
     def columns_of(self, row: int) -> dict[str, Any]:
         """The metadata of one row."""
-        return {name: self.column(name, [row])[0] for name in self.columns}
+        return self._record(row, self.columns)
 
     def records(self, rows) -> list[dict[str, Any]]:
         """Id and metadata of some rows, `[{"id": ..., column: value, ...}, ...]`; only these are read, all columns at once.
@@ -334,12 +338,24 @@ class LatentStore(StoreWriter):
         Raises:
             IndexError: a row out of range.
         """
-        names, result = ("id", *self.columns), [{}] * len(np.asarray(rows).reshape(-1))
+        rows, names = np.asarray(rows).reshape(-1), ("id", *self.columns)
+        if len(rows) <= FEW:
+            return [self._record(row, names) for row in rows.tolist()]
+        result = [{}] * len(rows)
         for shard, here, numbers in self._parts(rows):
             columns = [shard.values(name, numbers) for name in names]
-            for place, *values in zip(np.arange(len(result))[here].tolist(), *columns, strict=True):
+            places = range(here.start, here.stop) if isinstance(here, slice) else here.tolist()
+            for place, values in zip(places, zip(*columns, strict=True), strict=True):
                 result[place] = dict(zip(names, values, strict=True))
         return result
+
+    def _record(self, row: int, names: Iterable[str]) -> dict[str, Any]:
+        """Some columns of one row, without an array that is made for it: a search asks for a few hits' every time."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"Row {row}, but '{self.path}' has {len(self)}.")
+        number = bisect.bisect_right(self._ends_list, row)
+        shard = self._shards[number]
+        return shard.record(row - (self._ends_list[number - 1] if number else 0), names)
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Row numbers of some ids, `(len(ids),)` int64; -1 for an id that is not there."""

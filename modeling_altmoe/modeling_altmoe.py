@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .attaching_altmoe import adapters_off, attach_lora, describe_encoder, freeze, load_encoder, verify_encoder
 from .confidence_altmoe import Calibration
 from .configuration_altmoe import AltMoEConfig, unknown_name_message
-from .connector_altmoe import AltMoEConnector, DirectionOutput, ScoreBank
+from .connector_altmoe import TERMS, AltMoEConnector, DirectionOutput, ScoreBank
 from .encoding_altmoe import LatentProtocol, encode_latents
 from .loss_altmoe import (
     conditional_entropy,
@@ -238,16 +238,18 @@ class AltMoEModel(AltMoEPreTrainedModel):
             `(batch, latent_size of the target)`.
 
         Raises:
-            ValueError: unknown direction or modality, wrong width, or NaN in the latents.
+            ValueError: unknown direction, modality or term, wrong width, or NaN in the latents.
         """
-        output, target = self._run(latents, direction)
-        return self.connector.frames[target].inverse(getattr(output, term))
+        if term not in TERMS:
+            raise ValueError(unknown_name_message("term", term, TERMS))
+        said, target = self._run(latents, direction)
+        return self.connector.frames[target].inverse(said[TERMS.index(term)])
 
     def queries(self, direction: str, latents: dict[str, torch.Tensor] | torch.Tensor) -> torch.Tensor:
         """Unit query vectors `(batch, latent_size of the target)`: their dot product with `gallery` is the score."""
-        output, _ = self._run(latents, direction)
+        (contrastive, regression), _ = self._run(latents, direction)
         # with alpha = 1 the contrastive prediction has never been trained
-        return F.normalize(output.contrastive if self.config.alpha < 1 else output.regression, dim=-1)
+        return F.normalize(contrastive if self.config.alpha < 1 else regression, dim=-1)
 
     def gallery(self, direction: str, latents: torch.Tensor) -> torch.Tensor:
         """Stored target latents `(n, latent_size)` -> centred unit vectors, ready to be searched."""
@@ -332,7 +334,7 @@ class AltMoEModel(AltMoEPreTrainedModel):
             bad = (~torch.isfinite(latents).all(-1)).nonzero().flatten().tolist()
             raise ValueError(f"{modality} latents contain NaN or infinity in {len(bad)} rows, first: {bad[:5]}.")
 
-    def _run(self, latents, direction: str) -> tuple[DirectionOutput, str]:
+    def _run(self, latents, direction: str) -> tuple[tuple[torch.Tensor, torch.Tensor], str]:
         sources, target = self.config.resolve(direction)
         if isinstance(latents, torch.Tensor):
             latents = {sources[0]: latents}
@@ -340,7 +342,7 @@ class AltMoEModel(AltMoEPreTrainedModel):
             if modality not in latents:
                 raise ValueError(f"Direction '{direction}' needs latents of '{modality}', got {sorted(latents)}.")
             self._check_latents(modality, latents[modality])
-        return self.connector(latents, direction), target
+        return self.connector.predictions(latents, direction), target
 
     def _by_modality(self, inputs: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """Sort raw tensors by modality: `"audio__input_values"` says so itself; plain names go to the first encoder,

@@ -144,15 +144,11 @@ class LatentIndex:
             for best, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
         ]
         if self.calibration:
-            counts = (places[:, :SHORT_LIST] >= 0).sum(1)  # the same for all queries but under rare conditions
             size = len(self) if found.candidates is None else found.candidates
-            for count in np.unique(counts):
-                same = np.flatnonzero(counts == count)
-                sure = np.zeros(len(same))
-                if count:
-                    sure = self.calibration.confidence(torch.from_numpy(scores[same, :count]), size).numpy()
-                for place, value in zip(same, sure.tolist(), strict=True):
-                    results[place].confidence, results[place].threshold = value, self.calibration.threshold
+            for hits, best, values in zip(results, places.tolist(), scores.tolist(), strict=True):
+                values = [value for place, value in zip(best[:SHORT_LIST], values, strict=False) if place >= 0]
+                hits.confidence = self.calibration.sure(values, size) if values else 0.0
+                hits.threshold = self.calibration.threshold
         return results
 
     def _rank_again(self, queries: torch.Tensor, found: ShortList) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,9 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -237,6 +238,7 @@ class Shard:
         self.fingerprint = (self.table.schema.metadata or {}).get(b"altmoe", b"").decode()
         self._live_before_dead = dead.astype(np.int64) - np.arange(len(dead))
         self._index: tuple[np.ndarray, np.ndarray] | None = None
+        self._columns: dict[str, pa.Array | pa.ChunkedArray] = {}  # that were asked for
 
     def __len__(self) -> int:
         return len(self.vectors) - len(self.dead)
@@ -260,12 +262,21 @@ class Shard:
         """Row numbers among the live -> places in the file."""
         return rows + np.searchsorted(self._live_before_dead, rows, side="right") if len(self.dead) else rows
 
+    def _column(self, name: str) -> "pa.Array | pa.ChunkedArray":
+        found = self._columns.get(name)
+        if found is None:
+            column = self.table.column(name)
+            found = self._columns[name] = column.chunk(0) if column.num_chunks == 1 else column
+        return found
+
     def values(self, name: str, rows: np.ndarray) -> list:
         """Values of one column."""
-        column, places = self.table.column(name), self.places(rows)
-        if len(places) <= 32:  # a few hits: one by one is faster
-            return [column[place].as_py() for place in places.tolist()]
-        return column.take(pa.array(places)).to_pylist()
+        return self._column(name).take(pa.array(self.places(rows))).to_pylist()
+
+    def record(self, row: int, names: Iterable[str]) -> dict[str, Any]:
+        """Values of some columns in one row."""
+        place = int(self.places(np.array([row]))[0]) if len(self.dead) else row
+        return {name: self._column(name)[place].as_py() for name in names}
 
     def live(self, name: str) -> "pa.ChunkedArray":
         """One column without its deleted rows; as it lies in the file if there are none."""

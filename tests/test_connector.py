@@ -180,9 +180,13 @@ def test_trust_zero_leaves_the_base_alone():
         before = model.connector(latents, "image->text").contrastive
         model.connector.trust.fill_(0.5)
         half = model.connector(latents, "image->text").contrastive
+        assert torch.equal(model.connector.predictions(latents, "image->text")[0], half)
         model.connector.trust.zero_()
         after = model.connector(latents, "image->text").contrastive
+        model.connector.experts.forward = None  # not even called
+        alone = model.connector.predictions(latents, "image->text")
         base = model.connector.base["image->text"](model.connector.source(latents, "image->text"))
     assert not torch.allclose(before, base)
     torch.testing.assert_close(half - base, (before - base) / 2)  # trust is the factor on the correction
     torch.testing.assert_close(after, base)
+    assert all(torch.equal(said, base) for said in alone)

@@ -125,8 +125,10 @@ def test_predictions_live_in_the_targets_own_space():
     moved = {modality: x * 7 + 3 for modality, x in latents.items()}
     prediction = model.predict(moved, "image->text")
     assert prediction.shape == (50, 16)
+    with pytest.raises(ValueError, match="term"):
+        model.predict(moved, "image->text", term="generative")
     framed = model.connector.frames["text"](prediction)
-    torch.testing.assert_close(framed, model._run(moved, "image->text")[0].regression, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(framed, model.connector(moved, "image->text").regression, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

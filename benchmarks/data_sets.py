@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from datasets import load_from_disk
+
 from modeling_altmoe import LatentStore
+from trainer.encode import read_skipped
 
 BUILD = Path("build")
 ENCODERS = {
@@ -60,11 +63,11 @@ def is_there(name: str) -> bool:
 
 
 def prepare(name: str) -> dict[str, str]:
-    """The stores of a data set; what is missing of a known one is fetched and encoded first."""
+    """The stores of a data set; what is missing of a known one, or not finished, is fetched and encoded first."""
     folders, plain = store_folders(name), name.removesuffix(BLOCKS)
     folder = FOLDERS.get(plain, plain)
     for modality, store in folders.items():
-        if not (Path(store) / "store.json").exists():
+        if not _is_whole(store, BUILD / "data" / folder):
             which, encoder = ENCODERS[modality.partition("_")[0]]
             _run("-m", "demo.encoders", which)
             _run("-m", "demo.data", folder)
@@ -74,6 +77,16 @@ def prepare(name: str) -> dict[str, str]:
                 *(BLOCK_FLAGS if name != plain and modality == "image" else ()),
             )
     return folders
+
+
+def _is_whole(store: str, data: Path) -> bool:
+    """Whether a store has all items of the data it is made from; one that was brought here without its data has."""
+    if not (Path(store) / "store.json").exists():
+        return False
+    if not data.exists():
+        return True
+    opened = LatentStore.open(store)
+    return len(opened) + len(read_skipped(opened)) >= len(load_from_disk(str(data)))
 
 
 def given_stores(pairs: list[str]) -> dict[str, str]:

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .attaching_altmoe import adapters_off, attach_lora, describe_encoder, freeze, load_encoder, verify_encoder
-from .confidence_altmoe import Calibration
 from .configuration_altmoe import AltMoEConfig, unknown_name_message
-from .connector_altmoe import TERMS, AltMoEConnector, DirectionOutput, ScoreBank
+from .connector_altmoe import TERMS, AltMoEConnector, DirectionOutput
 from .encoding_altmoe import LatentProtocol, encode_latents
 from .loss_altmoe import (
     conditional_entropy,
@@ -29,7 +28,7 @@ from .loss_altmoe import (
     router_z_loss,
 )
 from .pretrained_altmoe import AltMoEPreTrainedModel
-from .scoring_altmoe import Postprocessing, reverse_direction, score_matrix
+from .retriever_altmoe import RetrieverMixin
 
 # tensors that accompany another tensor of the same modality
 COMPANIONS = {"attention_mask": "input_ids", "token_type_ids": "input_ids", "position_ids": "input_ids"}
@@ -70,7 +69,7 @@ class AltMoEOutput(ModelOutput):
     loss_terms: dict[str, torch.FloatTensor] | None = None
 
 
-class AltMoEModel(AltMoEPreTrainedModel):
+class AltMoEModel(RetrieverMixin, AltMoEPreTrainedModel):
     """
     Frozen single-modality encoders joined by one mixture-of-experts connector, trained one direction at a time.
 
@@ -92,10 +91,7 @@ class AltMoEModel(AltMoEPreTrainedModel):
         learn = config.learn_temperature
         self.logit_scale = nn.Parameter(torch.zeros(count), requires_grad=learn)  # log(1 / temperature)
         self.logit_bias = nn.Parameter(torch.zeros(count), requires_grad=config.contrastive == "sigmoid")
-        self.score_banks = nn.ModuleDict()
-        for direction, settings in config.scoring.items():
-            size = config.latent_size(config.resolve(direction)[1])
-            self.score_banks[direction] = ScoreBank(*settings["bank"], size, settings.get("known", 0))
+        self.score_banks = self.empty_banks(config)
         self.encoders = nn.ModuleDict()
         self.post_init()
 
@@ -244,84 +240,6 @@ class AltMoEModel(AltMoEPreTrainedModel):
             raise ValueError(unknown_name_message("term", term, TERMS))
         said, target = self._run(latents, direction)
         return self.connector.frames[target].inverse(said[TERMS.index(term)])
-
-    def queries(self, direction: str, latents: dict[str, torch.Tensor] | torch.Tensor) -> torch.Tensor:
-        """Unit query vectors `(batch, latent_size of the target)`: their dot product with `gallery` is the score."""
-        (contrastive, regression), _ = self._run(latents, direction)
-        # with alpha = 1 the contrastive prediction has never been trained
-        return F.normalize(contrastive if self.config.alpha < 1 else regression, dim=-1)
-
-    def gallery(self, direction: str, latents: torch.Tensor) -> torch.Tensor:
-        """Stored target latents `(n, latent_size)` -> centred unit vectors, ready to be searched."""
-        _, target = self.config.resolve(direction)
-        self._check_latents(target, latents)
-        return self.connector.frames[target].unit(latents)
-
-    def set_scoring(self, direction: str, post: Postprocessing) -> None:
-        """Keep what `fit_postprocessing` measured for a direction: it is saved with the model and used in search."""
-        size = self.config.latent_size(self.config.resolve(direction)[1])
-        nothing = torch.zeros(0, size)
-        queries, gallery = post.query_bank.get(direction, nothing), post.gallery_bank.get(direction, nothing)
-        known = post.known.get(direction, ())
-        bank = ScoreBank(len(queries), len(gallery), size, len(known)).to(self.device)
-        bank.queries.copy_(queries)
-        bank.gallery.copy_(gallery)
-        if len(known):
-            bank.known.copy_(known)
-        self.score_banks[direction] = bank
-        self.config.scoring[direction] = {
-            "scale": post.scales[direction],
-            "reverse_weight": post.reverse_weight,
-            "beta": post.beta,
-            "top_k": post.top_k,
-            "bank": [len(queries), len(gallery)],
-            "familiarity": post.familiarity,
-            "known": len(known),
-        }
-
-    def postprocessing(self, direction: str) -> Postprocessing:
-        """How scores of a direction are post-processed; the plain cosine until `set_scoring` was called."""
-        self.config.resolve(direction)
-        settings = self.config.scoring.get(direction)
-        if settings is None:
-            return Postprocessing()
-        names = [name for name in (direction, reverse_direction(direction)) if name in self.config.scoring]
-        return Postprocessing(
-            scales={name: self.config.scoring[name]["scale"] for name in names},
-            reverse_weight=settings["reverse_weight"],
-            beta=settings["beta"],
-            top_k=settings["top_k"],
-            query_bank={name: self.score_banks[name].queries for name in names},
-            gallery_bank={name: self.score_banks[name].gallery for name in names},
-            familiarity=settings.get("familiarity", 0.0),  # checkpoints of earlier versions have none
-            known={name: self.score_banks[name].known for name in names},
-        )
-
-    def calibration(self, direction: str) -> Calibration | None:
-        """The confidence model of a direction, if one was fitted."""
-        self.config.resolve(direction)
-        kept = self.config.scoring.get(direction, {}).get("confidence")
-        return None if kept is None else Calibration(**kept)
-
-    @torch.no_grad()
-    def score(
-        self, direction: str, queries: dict[str, torch.Tensor] | torch.Tensor, gallery: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores `(queries, items)` as search and evaluation use them: both directions, with all corrections.
-
-        Args:
-            direction: e.g. `"image->text"`.
-            queries: source latents `{modality: (n, latent_size)}`, or the tensor alone.
-            gallery: target latents `(m, latent_size)`.
-        """
-        if isinstance(queries, torch.Tensor):
-            queries = {self.config.resolve(direction)[0][0]: queries}
-        return score_matrix(self, self.postprocessing(direction), direction, queries, gallery)
-
-    @property
-    def directions(self) -> list[str]:
-        """The directions this connector was built for."""
-        return self.config.directions
 
     def _check_latents(self, modality: str, latents: torch.Tensor) -> None:
         size = self.config.latent_size(modality)

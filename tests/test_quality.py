@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import paired_latents
+from datasets import Dataset
 
 from benchmarks import data_sets, quality, report
 from modeling_altmoe import LatentStore
+from trainer.encode import note_skipped
 from trainer.evaluation import VARIANTS
 
 
@@ -156,3 +158,16 @@ def test_pictures_by_several_blocks_are_a_data_set_of_their_own(tmp_path, monkey
     pictures, captions = [words for words in called if "encode" in words]
     assert pictures[-2:] == ["--combine", "concat"] and "build/data/stamps" in pictures
     assert "--combine" not in captions and captions[captions.index("--out") + 1] == folders["text"]
+
+
+def test_a_store_that_is_not_finished_is_gone_on_with(monkeypatch):
+    for modality in ("image", "text"):
+        with LatentStore.create(f"build/stores/stamps/{modality}", modality, {"latent_size": 4}) as store:
+            store.append(["a", "b"], torch.randn(2, 4))
+    called = []
+    monkeypatch.setattr(data_sets, "_run", lambda *words: called.append(words[-1]) if "encode" in words else None)
+    data_sets.prepare("stamps")  # no data to compare with: brought here as it is
+    Dataset.from_dict({"id": ["a", "b", "c"]}).save_to_disk("build/data/stamps")
+    note_skipped(LatentStore.open("build/stores/stamps/text"), {"c": "empty"})
+    data_sets.prepare("stamps")
+    assert called == ["build/stores/stamps/image"]

@@ -32,9 +32,21 @@ DATA = {
         **{f"text_{language}": f"caption_{language}" for language in ("de", "es", "fr", "it")},
     },
 }
-# "<name>-blocks": the same items, pictures by five blocks of their encoder side by side
-BLOCKS, BLOCK_FLAGS = "-blocks", ("--layers", "-7", "-5", "-3", "-2", "-1", "--combine", "concat")
+# the same items by several layers of the same encoders, side by side: pictures alone, or captions, too
+SEVERAL = {
+    "image": ("-blocks", ("--layers", "-7", "-5", "-3", "-2", "-1", "--combine", "concat")),
+    "text": ("-layers", ("--layers", "0", "2", "4", "6", "--combine", "concat")),
+}
+ENDINGS = {"-blocks": ("image",), "-layers": ("image", "text")}
 FOLDERS = {"stamps-languages": "stamps-speech"}  # where it lies, if not below its own name
+
+
+def plain_name(name: str) -> tuple[str, tuple[str, ...]]:
+    """The data set that a name is a variant of, and the modalities whose latents are of several layers in it."""
+    for ending, modalities in ENDINGS.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending), modalities
+    return name, ()
 
 
 def store_folders(name: str) -> dict[str, str]:
@@ -43,15 +55,16 @@ def store_folders(name: str) -> dict[str, str]:
     Raises:
         ValueError: neither known nor there.
     """
-    place = BUILD / "stores" / FOLDERS.get(name, name)
-    if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) in DATA:
-        return {**store_folders(name.removesuffix(BLOCKS)), "image": str(place / "image")}
+    place, (plain, wider) = BUILD / "stores" / FOLDERS.get(name, name), plain_name(name)
+    if wider and plain in DATA:
+        several = {m: str(BUILD / "stores" / f"{plain}{SEVERAL[m][0]}" / m) for m in wider}
+        return {**store_folders(plain), **several}
     if name in DATA:
         return {modality: str(place / modality) for modality in sorted(DATA[name])}
     found = sorted(path.parent.name for path in place.glob("*/store.json"))
     if len(found) < 2:
         raise ValueError(
-            f"data set '{name}': known are {', '.join(DATA)} (each with {BLOCKS}, too); or put two stores or more "
+            f"data set '{name}': known are {', '.join(DATA)} (each with {' and '.join(ENDINGS)}, too); or put two stores or more "
             f"below {place}, or name them with --stores image=FOLDER text=FOLDER."
         )
     return {modality: str(place / modality) for modality in found}
@@ -64,7 +77,9 @@ def is_there(name: str) -> bool:
 
 def prepare(name: str) -> dict[str, str]:
     """The stores of a data set; what is missing of a known one, or not finished, is fetched and encoded first."""
-    folders, plain = store_folders(name), name.removesuffix(BLOCKS)
+    folders, (plain, wider) = store_folders(name), plain_name(name)
+    if plain not in DATA:
+        return folders  # somebody's own
     folder = FOLDERS.get(plain, plain)
     for modality, store in folders.items():
         if not _is_whole(store, BUILD / "data" / folder):
@@ -74,7 +89,7 @@ def prepare(name: str) -> dict[str, str]:
             _run(
                 *("-m", "trainer.cli", "encode", "--data", f"build/data/{folder}", "--column", DATA[plain][modality]),
                 *("--modality", modality, "--encoder", f"build/encoders/{encoder}", "--out", store),
-                *(BLOCK_FLAGS if name != plain and modality == "image" else ()),
+                *(SEVERAL[modality][1] if modality in wider else ()),
             )
     return folders
 

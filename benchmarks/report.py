@@ -7,6 +7,7 @@ altmoe are paired: of the splits that both methods have.
 import numpy as np
 
 from benchmarks.common import RESULTS, read_results, standard_error
+from benchmarks.data_sets import plain_name
 from trainer.evaluation import VARIANTS
 from trainer.plotting import pyplot
 
@@ -44,13 +45,11 @@ def _text(values, sign: str = "") -> str:
 
 def lead(results: dict, size: str, pair: str, method: str, variant: str = BEST) -> np.ndarray:
     """A method's mean recall minus altmoe's, of the splits that both have."""
-    of, ours = figures(results, size, pair, method), figures(results, size, pair, "altmoe")
-    both = sorted(of.keys() & ours.keys())
-    return np.array([100 * (of[seed][variant]["mean_recall"] - ours[seed][variant]["mean_recall"]) for seed in both])
+    return _over(figures(results, size, pair, method), figures(results, size, pair, "altmoe"), variant)
 
 
-def _pairs(results: dict, size: str = "all") -> list[str]:
-    return sorted({pair for split in results.get(size, {}).values() for pair in split})
+def _pairs(results: dict) -> list[str]:
+    return sorted({pair for splits in results.values() for split in splits.values() for pair in split})
 
 
 def main_table(found: dict[str, dict], methods: list[str]) -> str:
@@ -71,6 +70,47 @@ def main_table(found: dict[str, dict], methods: list[str]) -> str:
         if any(cell not in ("", "-") for cell in cells):
             rows.append((np.mean(order), f"| {NAMES.get(method, method)} | " + " | ".join(cells) + " |"))
     return "\n".join([*lines, *(line for _, line in sorted(rows, key=lambda row: -row[0]))])
+
+
+def layers_table(found: dict[str, dict]) -> str:
+    """Latents of several layers beside the encoders' outputs, a row a data set and size; empty if nothing is of several.
+
+    Leads are paired by split, over the best other method there is: on the outputs, and on the same latents.
+    """
+    lines = []
+    for data, results in found.items():
+        plain, wider = plain_name(data)
+        outputs = read_results(RESULTS / f"quality-{plain}.json", "sizes") if wider else {}
+        for pair in _pairs(results) if outputs else []:
+            for size in sorted(
+                results, key=lambda s: _rows(results, s, pair) if figures(results, s, pair, "altmoe") else 0
+            ):
+                ours = figures(results, size, pair, "altmoe")
+                if not ours:
+                    continue
+                cells = [f"{data}, {_rows(results, size, pair):.0f} pairs"]
+                for where in (outputs, results):
+                    cells += [_text(recall(figures(where, size, pair, m))) for m in ("kernel_ridge", "altmoe")]
+                for where in (outputs, results):
+                    leads = {m: _over(ours, figures(where, size, pair, m)) for m in _others(where, size, pair)}
+                    best = min((m for m in leads if len(leads[m])), key=lambda m: leads[m].mean(), default=None)
+                    cells.append(f"{_text(leads[best], '+')} ({NAMES.get(best, best)})" if best else "-")
+                lines.append("| " + " | ".join(cells) + " |")
+    head = (
+        "| data | kernel ridge, outputs | altmoe, outputs | kernel ridge, several layers | altmoe, several layers | "
+        "altmoe, several layers, over the best other on outputs | over the best other on the same latents |"
+    )
+    return "\n".join([head, "|---" * 7 + "|", *lines]) if lines else ""
+
+
+def _others(results: dict, size: str, pair: str) -> list[str]:
+    return sorted({m for split in results.get(size, {}).values() for m in split.get(pair, {})} - {"altmoe"})
+
+
+def _over(one: dict, other: dict, variant: str = BEST) -> np.ndarray:
+    """How much better one is than the other, of the splits that both have."""
+    both = sorted(one.keys() & other.keys())
+    return recall({s: one[s] for s in both}, variant) - recall({s: other[s] for s in both}, variant)
 
 
 def detail_table(results: dict, pair: str, methods: list[str], size: str = "all") -> str:
@@ -213,22 +253,26 @@ def show(names: list[str], methods: list[str]) -> None:
         pairs = _pairs(results)
         for pair in pairs:
             ending = data if len(pairs) == 1 else f"{data}-{pair.replace('<->', '-')}"
-            print(
-                f"\n{data}, {pair}, all training pairs ({_count(results, pair)}), mean recall in % ± standard error\n"
-            )
-            print(detail_table(results, pair, methods))
-            if table := confidence_table(results, pair):
-                print("\naltmoe's confidence that the first result is a match, every second query without one, %\n")
-                print(table)
-            draw_bars(results, data, pair, methods, RESULTS / f"quality-{ending}.png")
-            draw_costs(results, data, pair, methods, RESULTS / f"seconds-{ending}.png")
-            if len(results) > 1:
+            if "all" in results:
+                print(
+                    f"\n{data}, {pair}, all training pairs ({_count(results, pair)}), mean recall in % ± standard error\n"
+                )
+                print(detail_table(results, pair, methods))
+                if table := confidence_table(results, pair):
+                    print("\naltmoe's confidence that the first result is a match, every second query without one, %\n")
+                    print(table)
+                draw_bars(results, data, pair, methods, RESULTS / f"quality-{ending}.png")
+                draw_costs(results, data, pair, methods, RESULTS / f"seconds-{ending}.png")
+            if list(results) != ["all"]:
                 print(f"\n{data}, {pair}: mean recall by number of training pairs\n")
                 print(curve_table(results, pair, methods))
                 draw_curve(results, data, pair, methods, RESULTS / f"curve-{ending}.png")
     print("\nall data sets, all training pairs: mean recall of both directions in % (both-direction score, hubness")
     print("correction) ± standard error over splits by concept; differences paired by split\n")
     print(main_table(found, methods))
+    if table := layers_table(found):
+        print("\nlatents of several layers beside the encoders' outputs\n")
+        print(table)
 
 
 def _count(results: dict, pair: str) -> str:

@@ -115,6 +115,16 @@ def test_leads_are_paired_by_split():
         }
     }
     assert report.lead(results, "all", "a<->b", "ridge") == pytest.approx([-10, -10])
+    report.RESULTS.mkdir(parents=True, exist_ok=True)
+    outputs = {"0": {"a<->b": {"ridge": figures(0.4)}}, "1": {"a<->b": {"ridge": figures(0.5), "sail": figures(0.2)}}}
+    (report.RESULTS / "quality-d.json").write_text(json.dumps({"sizes": {"all": outputs}}))
+    for split in results["all"].values():
+        for of in split["a<->b"].values():
+            of["training_rows"] = 64
+    wider = report.layers_table({"d-layers": results}).splitlines()[-1]
+    assert wider.startswith("| d-layers, 64 pairs | - | - | - | 43.3 ")
+    assert wider.endswith("| +15.0 ± 5.0 (ridge) | +10.0 ± 0.0 (ridge) |")
+    assert not report.layers_table({"d": results})
     table = report.main_table({"d": results}, ["ridge", "altmoe", "sail"])
     assert table.splitlines()[2].startswith("| altmoe") and "sail" not in table
     assert "50.0 ± 10.0 (2 splits) | -10.0 ± 0.0" in table
@@ -158,6 +168,10 @@ def test_pictures_by_several_blocks_are_a_data_set_of_their_own(tmp_path, monkey
     pictures, captions = [words for words in called if "encode" in words]
     assert pictures[-2:] == ["--combine", "concat"] and "build/data/stamps" in pictures
     assert "--combine" not in captions and captions[captions.index("--out") + 1] == folders["text"]
+    called.clear()
+    folders = data_sets.prepare("stamps-layers")
+    assert folders == {"image": "build/stores/stamps-blocks/image", "text": "build/stores/stamps-layers/text"}
+    assert all("--combine" in words for words in called if "encode" in words)
 
 
 def test_a_store_that_is_not_finished_is_gone_on_with(monkeypatch):

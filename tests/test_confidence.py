@@ -82,6 +82,10 @@ def test_one_query_knows_nothing_of_others_and_order_of_items_does_not_matter():
     torch.testing.assert_close(together, alone)
     shuffled = scores[:, torch.randperm(300, generator=torch.Generator().manual_seed(0))].topk(SHORT_LIST, dim=1).values
     torch.testing.assert_close(together, calibration.confidence(shuffled, 300))
+    logits = (
+        score_features(top.double(), 300) @ torch.tensor(calibration.weight, dtype=torch.float64) + calibration.bias
+    )
+    torch.testing.assert_close(together, torch.sigmoid(logits))  # it is the logistic model of its features
 
 
 def test_features_of_short_lists_are_finite():

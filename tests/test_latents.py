@@ -241,6 +241,26 @@ def test_ids_that_share_their_hash_are_told_apart(tmp_path, monkeypatch):
     assert store.rows_of(["c", "a", "aaa", "b"]).tolist() == [2, -1, 3, 0]
 
 
+def test_a_few_records_are_those_of_many(tmp_path):
+    with LatentStore.create(
+        tmp_path, "text", ENTRY, columns={"caption": "string", "year": "int32"}, shard_rows=20
+    ) as store:
+        store.append([f"i{n}" for n in range(70)], rows(70), caption=[f"c{n}" for n in range(70)], year=list(range(70)))
+    store.delete([f"i{n}" for n in range(15, 25)])
+    order = np.random.default_rng(0).permutation(len(store))
+    many = store.records(order)
+    assert many[0] == {"id": store.id_of(order[0]), **store.columns_of(order[0])}
+    assert (
+        [store.records([row])[0] for row in order]
+        == many
+        == [r for some in np.split(order, 6) for r in store.records(some)]
+    )
+    assert {record["year"] for record in many} == set(range(70)) - set(range(15, 25))
+    for wrong in (-1, len(store)):
+        with pytest.raises(IndexError, match="60"):
+            store.records([wrong])
+
+
 def test_unknown_ids_are_named_and_nothing_is_deleted(tmp_path):
     with LatentStore.create(tmp_path, "text", ENTRY) as store:
         store.append(["a", "b"], rows(2))

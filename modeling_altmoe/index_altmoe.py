@@ -38,6 +38,7 @@ from .effort_altmoe import (
     shorten,
 )
 from .scoring_altmoe import item_parts, item_vectors
+from .shards_altmoe import fits_in_memory, read_ahead
 from .where_altmoe import rows_where
 
 EXACT_ROWS = 20_000  # up to here "auto" is exact: a few milliseconds and about 100 MB
@@ -131,6 +132,16 @@ class LocalBackend:
         if settings:
             text += f" ({', '.join(settings)})"
         return text + ("" if self.alive is None else f", {self.index.ntotal - len(self):,} deleted rows left out")
+
+    def read_ahead(self, wanted: bool | None = None) -> None:
+        """Whether the system should read on after rows that are ranked again; default: where all of it fits in memory."""
+        vectors = [part for part, _ in self.kept.parts]
+        if wanted is None:
+            row = self.store.latent_size * np.dtype(self.store.dtype).itemsize
+            wanted = fits_in_memory(row * len(self.store) + sum(part.nbytes for part in vectors))
+        self.store.read_ahead(wanted)
+        for part in vectors:
+            read_ahead(part, wanted)
 
     # ---------------------------------------------------------------- search
 
@@ -372,6 +383,7 @@ def build(
     best = None if queries is None else Best(queries, TUNING_K)
     backend.add(0, allocate, best, progress)
     backend.tune(best, recall)
+    backend.read_ahead()
     return backend
 
 

@@ -126,7 +126,10 @@ def _load(folder: Path, description: dict, model, store, alive: np.ndarray, mapp
         raise ValueError(
             f"The index '{folder}' is damaged ({index.ntotal} vectors, not {len(alive)}). {_advice(folder)}"
         )
-    return LocalBackend(model, store, description["direction"], description["factory"], index, kept, effort, alive)
+    backend = LocalBackend(model, store, description["direction"], description["factory"], index, kept, effort, alive)
+    if mapped:  # to be searched, not to be added to
+        backend.read_ahead()
+    return backend
 
 
 def open_local(

@@ -25,7 +25,7 @@ except ImportError:
     pa = None
 
 from .encoding_altmoe import LatentProtocol
-from .shards_altmoe import Shard, cannot_write, hash_ids, list_shards, read_deleted, write_file
+from .shards_altmoe import Shard, cannot_write, hash_ids, list_shards, read_ahead, read_deleted, write_file
 from .sharing_altmoe import push_folder, shareable, store_card
 from .writing_altmoe import DESCRIPTION, DTYPES, FORMAT, StoreWriter
 
@@ -207,6 +207,11 @@ class LatentStore(StoreWriter):
         self._shards.append(shard)
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self._ends_list = self._ends.tolist()
+
+    def read_ahead(self, wanted: bool) -> None:
+        """Whether the system should read on after rows that are read (as it does from the start), see `shards_altmoe`."""
+        for shard in self._shards:
+            read_ahead(shard.vectors, wanted)
 
     @property
     def generation(self) -> int:

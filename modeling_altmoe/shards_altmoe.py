@@ -6,7 +6,9 @@ modalities or protocols beyond the fingerprint that every shard carries.
 """
 
 import contextlib
+import ctypes
 import hashlib
+import mmap
 import os
 import re
 import secrets
@@ -87,6 +89,30 @@ def cannot_write(folder: Path, error: OSError) -> OSError:
         f"Cannot write to '{folder}': {error.strerror or error}. What was committed there is safe; make room or make the "
         "folder writable, then run the same again."
     )
+
+
+# ---------------------------------------------------------------- how mapped files are read
+
+
+def fits_in_memory(size: int) -> bool:
+    """Whether mapped files of so many bytes may be expected to stay in memory (in half of it); True if nobody can say."""
+    try:
+        return size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    except (AttributeError, OSError, ValueError):
+        return True
+
+
+def read_ahead(array: np.ndarray, wanted: bool) -> None:
+    """Tell the system whether what follows in a mapped array will be read, too; nothing where it cannot be told.
+
+    A system reads megabytes around a page that is asked for. For rows that lie here and there that is a thousand times what
+    they are, and pushes out what is needed again.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another system than those that have it
+        advice = mmap.MADV_NORMAL if wanted else mmap.MADV_RANDOM
+        before = array.ctypes.data % mmap.PAGESIZE  # it takes whole pages
+        start, size = array.ctypes.data - before, array.nbytes + before
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
 
 
 # ---------------------------------------------------------------- who may write

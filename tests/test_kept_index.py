@@ -1,6 +1,7 @@
 """An index kept beside its store: mapped, brought up to date, checked, and never half-written."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from modeling_altmoe import LatentStore, index_altmoe
 from modeling_altmoe.index_altmoe import build
 from modeling_altmoe.index_files_altmoe import update
 from modeling_altmoe.search_altmoe import LatentIndex
+from modeling_altmoe.shards_altmoe import fits_in_memory
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,32 @@ def test_a_kept_index_is_mapped_and_answers_as_before(model, latents, tmp_path):
     assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
     files = set(json.loads((folder / "index.json").read_text())["files"])
     assert {path.name for path in folder.iterdir()} == files | {"index.json", ".lock"}
+
+
+def advice(path) -> set[str]:
+    """How the system was told that a file's maps are read (`rr`: here and there)."""
+    found, inside = set(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        inside = line.endswith(str(path)) if "-" in line.split()[0] else inside
+        found |= set(line.split()[1:]) & {"rr"} if inside and line.startswith("VmFlags") else set()
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells how maps are read")
+def test_what_does_not_fit_in_memory_is_read_row_by_row(model, latents, tmp_path, monkeypatch):
+    """Systems read megabytes around a page, which a store larger than memory cannot afford."""
+    store = write(tmp_path / "s", model, latents)
+    made, folder, _ = update(model, store, DIRECTION, "IVF8,Flat")
+    vectors = [store.shards[0], *folder.glob("predicted*")]
+    expected = ids(LatentIndex(model, store, DIRECTION, made).search(latents["text"][:20], 5))
+    assert len(vectors) == 2 and not any(map(advice, vectors))
+    monkeypatch.setattr(index_altmoe, "fits_in_memory", lambda size: False)
+    opened = LatentIndex(model, LatentStore.open(tmp_path / "s"), DIRECTION)
+    assert all(map(advice, vectors)) and ids(opened.search(latents["text"][:20], 5)) == expected
+    del store, made
+    opened.backend.read_ahead(True)
+    assert not any(map(advice, vectors))
+    assert fits_in_memory(1 << 20) and not fits_in_memory(1 << 60)
 
 
 @pytest.mark.parametrize("factory", ["exact", "IVF8,Flat"])

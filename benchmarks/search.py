@@ -278,12 +278,14 @@ def table(results: dict) -> str:
         exact = "recall" not in r
         recall = ["recall", "recall_where_1_percent", "recall_where_half"]
         recall = ["1"] * 3 if exact else [f"{r[key]:.3f}" for key in recall]
+        cold = (
+            f"{r['cold']['p50_ms']:.0f} / {r['cold']['p99_ms']:.0f}" if "cold" in r else "-"
+        )  # not of earlier versions
         cpu = {key: r[key]["cpu_ms"] for key in ("connector", "faiss", "bare")}
         lines.append(
             f"| {name} | {r['factory']} | "
             f"{r['build_seconds']:.0f} | {r['single']['p50_ms']:.1f} / {r['single']['p99_ms']:.1f} | "
-            f"{r['cold']['p50_ms']:.0f} / {r['cold']['p99_ms']:.0f} | "
-            f"{cpu['connector']:.1f} + {cpu['faiss']:.1f} + {cpu['bare'] - cpu['faiss']:.1f} | "
+            f"{cold} | {cpu['connector']:.1f} + {cpu['faiss']:.1f} + {cpu['bare'] - cpu['faiss']:.1f} | "
             f"{r['batch']['per_second']:.0f} | {recall[0]} | {recall[1]} / {recall[2]} | "
             f"{r['overhead_percent']['single']:+.0f} % / {r['overhead_percent']['batch']:+.0f} % | "
             f"{r['memory_mb']['own']:.0f} + {r['memory_mb']['mapped']:.0f} | {r['index_mb']:.0f} |"

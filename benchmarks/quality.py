@@ -197,7 +197,12 @@ def run_all(jobs: list[tuple[Job, dict]], processes: int) -> None:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n\n")[0])
     add = result.add_argument
-    add("--data", nargs="+", help=f"data sets: {', '.join(data_sets.DATA)}, or a folder of build/stores")
+    add(
+        "--data",
+        nargs="+",
+        help=f"data sets: {', '.join(data_sets.DATA)}, each also with {' or '.join(data_sets.ENDINGS)} (latents of several "
+        "layers), or a folder of build/stores",
+    )
     add(
         "--stores",
         nargs="+",

@@ -82,7 +82,7 @@ class LatentIndex:
         rebuild: bool = False,
         recall: float = 0.99,
     ):
-        _, target = model.config.resolve(direction)
+        self.sources, target = model.config.resolve(direction)
         store.check(target, model.config.encoders[target])
         self.model, self.store, self.direction, self.short_list = model, store, direction, short_list
         self.post, self.calibration = model.postprocessing(direction), model.calibration(direction)
@@ -118,8 +118,9 @@ class LatentIndex:
             raise ValueError(f"k={k}: expected at least 1.")
         where = check_where(where, self.store.columns)
         if isinstance(latents, torch.Tensor):
-            latents = {self.model.config.resolve(self.direction)[0][0]: latents}
-        latents = {modality: tensor.to(self.model.device) for modality, tensor in latents.items()}
+            latents = {self.sources[0]: latents}
+        device = self.model.device
+        latents = {modality: tensor.to(device) for modality, tensor in latents.items()}
         queries = query_vectors(self.model, self.post, self.direction, latents).float()
         return [hits for part in queries.split(QUERIES) for hits in self._search(part, k, where)]
 

@@ -278,9 +278,8 @@ def table(results: dict) -> str:
         exact = "recall" not in r
         recall = ["recall", "recall_where_1_percent", "recall_where_half"]
         recall = ["1"] * 3 if exact else [f"{r[key]:.3f}" for key in recall]
-        cold = (
-            f"{r['cold']['p50_ms']:.0f} / {r['cold']['p99_ms']:.0f}" if "cold" in r else "-"
-        )  # not of earlier versions
+        # earlier versions did not measure it
+        cold = f"{r['cold']['p50_ms']:.0f} / {r['cold']['p99_ms']:.0f}" if "cold" in r else "-"
         cpu = {key: r[key]["cpu_ms"] for key in ("connector", "faiss", "bare")}
         lines.append(
             f"| {name} | {r['factory']} | "

@@ -237,13 +237,11 @@ class LocalBackend:
         return best.positions.numpy(), best.scores.numpy()
 
     def _short_list(self, positions: np.ndarray, scores: np.ndarray, candidates: int) -> ShortList:
-        if len(positions) == 1:  # nothing can be twice
-            found = positions[0][positions[0] >= 0]  # -1 stands for "fewer were found", and comes last
-            places = np.arange(positions.shape[1])
-            places[len(found) :] = -1
+        if len(positions) == 1 and -1 not in positions:  # nothing can be twice
+            found, places = positions[0], np.arange(positions.shape[1])
         else:
             found, places = np.unique(positions, return_inverse=True)
-            missing = int(len(found) > 0 and found[0] < 0)
+            missing = int(len(found) > 0 and found[0] < 0)  # -1 stands for "fewer were found", and comes last
             found, places = found[missing:], places - missing
         rows = found if self._positions is None else np.searchsorted(self._positions, found)
         records = self.store.records(rows)

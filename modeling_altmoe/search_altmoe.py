@@ -134,22 +134,18 @@ class LatentIndex:
             found = self.backend.nearest(coarse.cpu().numpy(), max(self.short_list or max(10 * k, 400), wanted), where)
             places, scores = self._rank_again(queries, found)
         rows = [None] * len(found.ids) if found.rows is None else found.rows.tolist()
-        results = [
-            Hits(
-                [
-                    Hit(rows[place], found.ids[place], score, found.columns(place))
-                    for place, score in zip(best, values, strict=True)
-                    if place >= 0
-                ]
+        size, results = len(self) if found.candidates is None else found.candidates, []
+        for best, values in zip(places[:, :wanted].tolist(), scores[:, :wanted].tolist(), strict=True):
+            if -1 in best:  # fewer were found
+                best = best[: best.index(-1)]
+            hits = Hits(
+                Hit(rows[place], found.ids[place], score, found.columns(place))
+                for place, score in zip(best[:k], values, strict=False)
             )
-            for best, values in zip(places[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
-        ]
-        if self.calibration:
-            size = len(self) if found.candidates is None else found.candidates
-            for hits, best, values in zip(results, places.tolist(), scores.tolist(), strict=True):
-                values = [value for place, value in zip(best[:SHORT_LIST], values, strict=False) if place >= 0]
-                hits.confidence = self.calibration.sure(values, size) if values else 0.0
+            if self.calibration:
+                hits.confidence = self.calibration.sure(values[: len(best)], size) if best else 0.0
                 hits.threshold = self.calibration.threshold
+            results.append(hits)
         return results
 
     def _rank_again(self, queries: torch.Tensor, found: ShortList) -> tuple[np.ndarray, np.ndarray]:

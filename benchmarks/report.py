@@ -82,12 +82,8 @@ def layers_table(found: dict[str, dict]) -> str:
         plain, wider = plain_name(data)
         outputs = read_results(RESULTS / f"quality-{plain}.json", "sizes") if wider else {}
         for pair in _pairs(results) if outputs else []:
-            for size in sorted(
-                results, key=lambda s: _rows(results, s, pair) if figures(results, s, pair, "altmoe") else 0
-            ):
+            for size in _sizes(results, pair):
                 ours = figures(results, size, pair, "altmoe")
-                if not ours:
-                    continue
                 cells = [f"{data}, {_rows(results, size, pair):.0f} pairs"]
                 for where in (outputs, results):
                     cells += [_text(recall(figures(where, size, pair, m))) for m in ("kernel_ridge", "altmoe")]
@@ -137,9 +133,7 @@ def detail_table(results: dict, pair: str, methods: list[str], size: str = "all"
 
 def curve_table(results: dict, pair: str, methods: list[str]) -> str:
     """Mean recall at every number of training pairs, and the best other method's paired lead over altmoe."""
-    sizes = sorted(
-        (size for size in results if figures(results, size, pair, "altmoe")), key=lambda s: _rows(results, s, pair)
-    )
+    sizes = _sizes(results, pair)
     lines = ["| method | " + " | ".join(f"{_rows(results, size, pair):.0f} pairs" for size in sizes) + " |"]
     lines.append("|---" * (1 + len(sizes)) + "|")
     for method in methods:
@@ -155,6 +149,12 @@ def curve_table(results: dict, pair: str, methods: list[str]) -> str:
             f"{name.replace('_', ' ')} {leads[name].mean():+.1f} ± {standard_error(leads[name]):.1f}" if name else "-"
         )
     return "\n".join([*lines, "| *best other, against altmoe* | " + " | ".join(best) + " |"])
+
+
+def _sizes(results: dict, pair: str) -> list[str]:
+    """Sizes that altmoe has figures of, least first."""
+    found = [size for size in results if figures(results, size, pair, "altmoe")]
+    return sorted(found, key=lambda size: _rows(results, size, pair))
 
 
 def _rows(results: dict, size: str, pair: str) -> float:

@@ -27,10 +27,13 @@ def score_features(top_scores: torch.Tensor, collection_size: int) -> torch.Tens
     Raises:
         ValueError: no scores.
     """
+    return top_scores.new_tensor([_features(scores, collection_size) for scores in _short_lists(top_scores)])
+
+
+def _short_lists(top_scores: torch.Tensor) -> list[list[float]]:
     if top_scores.dim() != 2 or not top_scores.shape[1]:
         raise ValueError(f"top_scores must be (queries, at least 1), got {tuple(top_scores.shape)}")
-    lists = top_scores[:, :SHORT_LIST].double().tolist()
-    return top_scores.new_tensor([_features(scores, collection_size) for scores in lists])
+    return top_scores[:, :SHORT_LIST].double().tolist()
 
 
 def _features(scores: list[float], size: int) -> tuple[float, float, float, float]:
@@ -57,9 +60,9 @@ class Calibration:
     target_precision: float = 0.5
 
     def confidence(self, top_scores: torch.Tensor, collection_size: int) -> torch.Tensor:
-        """`(n, k)` falling scores -> `(n,)` probabilities that the first result is a true match."""
-        lists = top_scores[:, :SHORT_LIST].double().tolist()
-        return torch.tensor([self.sure(scores, collection_size) for scores in lists], dtype=torch.float64)
+        """`(n, k)` falling scores -> `(n,)` probabilities that the first result is a true match; errors: `score_features`'s."""
+        found = [self.sure(scores, collection_size) for scores in _short_lists(top_scores)]
+        return torch.tensor(found, dtype=torch.float64)
 
     def sure(self, scores: list[float], collection_size: int) -> float:
         """As `confidence`, of one query: its falling scores -> the probability that the first result is a true match."""

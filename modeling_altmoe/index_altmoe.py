@@ -241,7 +241,7 @@ class LocalBackend:
             found, places = positions[0], np.arange(positions.shape[1])
         else:
             found, places = np.unique(positions, return_inverse=True)
-            missing = int(len(found) > 0 and found[0] < 0)  # -1 stands for "fewer were found", and comes last
+            missing = int(len(found) > 0 and found[0] < 0)  # -1 stands for "fewer were found"
             found, places = found[missing:], places - missing
         rows = found if self._positions is None else np.searchsorted(self._positions, found)
         records = self.store.records(rows)

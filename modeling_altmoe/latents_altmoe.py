@@ -205,8 +205,7 @@ class LatentStore(StoreWriter):
                 f"{self.fingerprint}. Move it to a store of its own."
             )
         self._shards.append(shard)
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
-        self._ends_list = self._ends.tolist()
+        self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
 
     def read_ahead(self, wanted: bool) -> None:
         """Whether the system should read on after rows that are read (as it does from the start), see `shards_altmoe`."""
@@ -229,7 +228,7 @@ class LatentStore(StoreWriter):
         return [shard.path for shard in self._shards]
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._shards else 0
+        return self._ends[-1] if self._shards else 0
 
     def _contents(self) -> Iterator[tuple[str, int]]:
         """`(content, rows)` of the first 0, 1, 2, ... shards."""
@@ -358,9 +357,9 @@ class LatentStore(StoreWriter):
         """Some columns of one row, without an array that is made for it: a search asks for a few hits' every time."""
         if not 0 <= row < len(self):
             raise IndexError(f"Row {row}, but '{self.path}' has {len(self)}.")
-        number = bisect.bisect_right(self._ends_list, row)
+        number = bisect.bisect_right(self._ends, row)
         shard = self._shards[number]
-        return shard.record(row - (self._ends_list[number - 1] if number else 0), names)
+        return shard.record(row - (self._ends[number] - len(shard)), names)
 
     def rows_of(self, ids: list[str]) -> np.ndarray:
         """Row numbers of some ids, `(len(ids),)` int64; -1 for an id that is not there."""

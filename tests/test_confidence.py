@@ -96,6 +96,8 @@ def test_features_of_short_lists_are_finite():
     assert copies[0, 1] == 2.0  # a copy of the best item is no rival
     with pytest.raises(ValueError, match="top_scores"):
         score_features(torch.zeros(2, 0), 5)
+    with pytest.raises(ValueError, match="top_scores"):
+        Calibration([1.0] * 4, 0.0).confidence(torch.zeros(2, 0), 5)
 
 
 def test_every_query_is_asked_with_and_without_its_match():

@@ -23,7 +23,7 @@ from trainer.fitting import choose_on_validation, fit_bases, fit_frames
 from trainer.measuring import evaluate_pairs, fit_scoring, fit_trust, partnered_latents, retrieval_data
 from trainer.pairs import LatentPairs
 from trainer.state import load_tree, save_tree
-from trainer.train import leave_process_group
+from trainer.train import leave_process_group, load_processors
 from trainer.trainer import AltMoETrainer, last_complete_checkpoint
 
 DIRECTIONS = ["image->text", "text->image"]
@@ -306,6 +306,23 @@ def test_out_of_sample_predictions_are_used_in_training_only(tmp_path, parts):
     batch = trainer._batch(parts["train"], "image->text", torch.arange(5))
     assert torch.equal(batch["base_prediction"], tables["image->text"][parts["train"].rows["image->text"][:5]])
     assert "base_prediction" not in trainer._batch(parts["validation"], "image->text", torch.arange(5))
+
+
+def test_all_that_a_step_takes_is_on_the_device(tmp_path, parts, monkeypatch):
+    """The device here is one that holds no numbers; a closed form's predictions may have been made elsewhere."""
+    trainer = make_trainer(tmp_path, parts)
+    trainer.out_of_sample = {"image->text": torch.zeros(len(parts["train"]), 16)}
+    monkeypatch.setattr(AltMoEArguments, "device", torch.device("meta"))
+    batch = trainer._batch(parts["train"], "image->text", torch.arange(5))
+    tensors = [*batch.pop("latents").values(), *batch.values()]
+    assert len(tensors) == 5 and all(tensor.device.type == "meta" for tensor in tensors)
+
+
+def test_stores_are_trained_on_where_the_folder_of_their_encoder_is_not(tmp_path, capsys):
+    model = AltMoEModel.from_encoders({"text": tiny_bert(), "image": tiny_vit()}, base="none")
+    model.config.encoders["image"]["name_or_path"] = str(tmp_path / "elsewhere")
+    assert load_processors(model) is None
+    assert "the encoder of image" in (said := capsys.readouterr().out) and "elsewhere', is not here" in said
 
 
 def test_negatives_from_the_store_include_every_training_target(tmp_path, parts):

@@ -96,7 +96,7 @@ class RandomRetriever:
 
     def _embed(self, salt: str, latents: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + sum(salt.encode()))
-        return F.normalize(latents @ torch.randn(latents.shape[1], self.size, generator=generator), dim=-1)
+        return F.normalize(latents @ torch.randn(latents.shape[1], self.size, generator=generator).to(latents), dim=-1)
 
     def queries(self, direction: str, latents: dict[str, Tensor]) -> Tensor:
         return self._embed("query " + direction, latents[ends(direction)[0]])

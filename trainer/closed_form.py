@@ -62,6 +62,13 @@ class ClosedFormFit:
     out_of_fold: Tensor | None = None
     grid: list[dict] = field(default_factory=list)
 
+    def to(self, device: torch.device | str) -> "ClosedFormFit":
+        """Moves its tensors, in place."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
     def predict(self, sources: Tensor, chunk: int = 8192) -> Tensor:
         """Predicts targets, in chunks of rows: `(m, d_source) -> (m, d_target)` in the dtype of the fit."""
         sources = sources.to(self.weight.dtype)

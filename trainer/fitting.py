@@ -16,7 +16,7 @@ from trainer.baselines import KernelRidge
 from trainer.closed_form import fit_closed_form
 from trainer.measuring import modality_pairs, retrieval_data
 from trainer.pairs import LatentPairs
-from trainer.target_metric import PLAIN, fit_target_metrics, reciprocal_ranks
+from trainer.target_metric import PLAIN, Compared, fit_target_metrics, reciprocal_ranks
 
 METRIC_FOLDS = 5
 FEW = 1000  # training pairs up to which validation chooses the kernel base (`choose_on_validation`) and it recalls
@@ -88,9 +88,11 @@ def _fit_bases(
         groups = torch.from_numpy(pairs.group_of_key[batch["keys"]])
         choice = chosen.get(direction)
         fixed = {"gammas": [choice["gamma"]], "lambdas": [choice["lam"]]} if choice else {}
+        # doubles are what a GPU of another make lacks
+        where = device if device.type == "cuda" else torch.device("cpu")
         fit = fit_closed_form(
-            source.cpu(),
-            targets.cpu(),
+            source.to(where),
+            targets.to(where),
             groups,
             kind=model.config.base,
             max_landmarks=max_landmarks,
@@ -98,7 +100,7 @@ def _fit_bases(
             items=items[batch["keys"]],
             folds=folds[groups],
             **fixed,
-        )
+        ).to("cpu")
         said, said_out_of_fold, partners = fit.out_of_sample, fit.out_of_fold, None
         if recall and model.config.base == "kernel" and len(rows) <= FEW:
             nearest = (source.cpu() @ fit.landmarks.T).argmax(1)  # itself, where every item is a landmark
@@ -192,6 +194,6 @@ def _ranks_in_folds(said: dict, targets: dict, folds: dict, items: dict) -> torc
         here = {side: ids == fold for side, ids in folds.items()}
         match = items[source][here[source]][:, None] == items[target][here[target]]
         if match.any() and not match.all():
-            parts = [(rows[here[s]], targets[t][here[t]], torch.ones(())) for (s, t), rows in said.items()]
+            parts = [Compared(rows[here[s]], targets[t][here[t]]) for (s, t), rows in said.items()]
             found.append(reciprocal_ranks(parts, match, *PLAIN))
     return torch.cat(found or [torch.zeros(1)])

@@ -98,7 +98,7 @@ class AuthorsPredictor(nn.Module):
 
 def symmetric_infonce(logits: Tensor, same: Tensor) -> Tensor:
     """Mean of both ways' cross-entropies `(b, b)`; `same` marks other rows of a row's group: neither right nor wrong."""
-    logits, target = logits.masked_fill(same, -torch.inf), torch.arange(len(logits))
+    logits, target = logits.masked_fill(same, -torch.inf), torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -141,12 +141,14 @@ class _Run:
     """One configuration's training, which can be taken up again."""
 
     def __init__(self, head: TrainedHead, config: dict, rows, standard, validation: RetrievalData, groups, seed: int):
-        self.head, self.config, self.rows, self.groups = head, config, rows, groups
+        device = next(iter(rows.values())).device
+        self.head, self.config, self.rows, self.groups = head, config, rows, groups.to(device)
         self.standard, self.validation, self.directions = standard, validation, both_ways(validation.pair)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.module = head.build({m: x.shape[1] for m, x in rows.items()}, self.directions, config)
-            self.random_state = torch.get_rng_state()
+            self.module = head.build({m: x.shape[1] for m, x in rows.items()}, self.directions, config).to(device)
+            self.generators = [torch, *([] if device.type == "cpu" else [torch.get_device_module(device)])]
+            self.random_states = [generator.get_rng_state() for generator in self.generators]
         matrices = [p for p in self.module.parameters() if p.ndim > 1]
         others = [p for p in self.module.parameters() if p.ndim <= 1]
         self.optimiser = torch.optim.AdamW(
@@ -160,7 +162,8 @@ class _Run:
         """Train up to step `until`, or until validation stops improving."""
         head, n = self.head, len(self.groups)
         with torch.random.fork_rng():
-            torch.set_rng_state(self.random_state)
+            for generator, state in zip(self.generators, self.random_states, strict=True):
+                generator.set_rng_state(state)
             while self.step < until and self.waited < head.patience:
                 self.step += 1
                 self.module.train()
@@ -173,7 +176,7 @@ class _Run:
                 self.optimiser.step()
                 if self.step % head.check_every == 0:
                     self._check()
-            self.random_state = torch.get_rng_state()
+            self.random_states = [generator.get_rng_state() for generator in self.generators]
 
     def _check(self) -> None:
         retriever = HeadRetriever(self.module, self.standard, self.directions)
@@ -235,7 +238,7 @@ class SAIL(TrainedHead):
     def loss(self, module, step, rows, same, directions):
         x, y = (F.normalize(module.heads[m](rows[m]), dim=-1) for m in ends(directions[0]))
         logits = module.scale.exp() * x @ y.T + module.bias
-        sign = 2 * torch.eye(len(x)) - 1
+        sign = 2 * torch.eye(len(x), device=x.device) - 1
         return -(F.logsigmoid(sign * logits).masked_fill(same, 0.0)).sum() / len(x)
 
 

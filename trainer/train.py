@@ -5,6 +5,7 @@ metrics. The test split is not touched here; `altmoe evaluate` does that.
 """
 
 import gc
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -63,10 +64,18 @@ def open_parts(model: AltMoEModel, stores: dict[str, LatentStore], recipe: dict)
 
 
 def load_processors(model: AltMoEModel) -> AltMoEProcessor | None:
-    """The processor of all modalities whose encoders are at hand by name, or None."""
+    """The processor of all modalities whose encoders are at hand by name, or None.
+
+    Stores may be trained on where the folder their encoder came from is not: such a modality is named and left out.
+    """
     processors, prompts = {}, {}
     for modality, entry in model.config.encoders.items():
         if not entry.get("name_or_path") or not entry.get("config"):
+            continue
+        if os.path.isabs(entry["name_or_path"]) and not os.path.isdir(entry["name_or_path"]):
+            print(
+                f"the encoder of {modality}, '{entry['name_or_path']}', is not here: the model is kept without its processor"
+            )
             continue
         kind = AutoModel._model_mapping[type(model.config.encoder_config(modality))]
         revision = {"revision": entry["revision"]} if entry.get("revision") else {}
@@ -124,6 +133,7 @@ def train(arguments: AltMoEArguments) -> tuple[AltMoEModel, dict[str, LatentPair
     if arguments.process_index == 0:
         for part, its in parts.items():
             print(f"{part}: {its.describe()}")
+    model.to(arguments.device)  # closed forms are fitted where the experts are trained
     fit_frames(model, parts["train"])
     out_of_sample, held_out = None, {}
     if model.config.base != "none":

@@ -152,10 +152,9 @@ class AltMoETrainer(Trainer):
         generator = np.random.default_rng([self.args.seed, step, rank, int(index.sum())])
         batch = pairs.batch(direction, index.cpu().numpy(), generator)
         _, target = self.accelerator.unwrap_model(self.model).config.resolve(direction)
-        rows = torch.from_numpy(batch["target_rows"]).to(self.args.device)
+        candidates = batch["target_rows"]
         if self.args.world_size > 1:
-            rows = self.accelerator.gather(rows)
-        candidates = rows.cpu().numpy()
+            candidates = self.accelerator.gather(torch.from_numpy(candidates).to(self.args.device)).cpu().numpy()
         if self.args.negatives == "store":
             everything = np.arange(len(pairs.latents[target]))
             if len(everything) > self.args.max_negatives:
@@ -170,7 +169,8 @@ class AltMoETrainer(Trainer):
         }
         if pairs is self.train_dataset and direction in self.out_of_sample:
             table = self.out_of_sample[direction]
-            moved["base_prediction"] = table[torch.from_numpy(batch["source_rows"]).to(table.device)]
+            own = table[torch.from_numpy(batch["source_rows"]).to(table.device)]
+            moved["base_prediction"] = own.to(self.args.device)
         return moved
 
     # ---------------------------------------------------------------- logs

@@ -67,13 +67,13 @@ def describe_encoder(
     if name_or_path is not None and not revision:
         name_or_path = os.path.abspath(name_or_path)  # a folder, wherever the model is loaded later
     protocol = LatentProtocol.from_dict(fields)
-    beside = len(protocol.layers) if protocol.combine == "concat" else 1  # layers of one width; others: say latent_size
     entry = {
         "name_or_path": None if name_or_path is None else str(name_or_path),
         "revision": revision,
         "weights": weights,
         "config": {key: value for key, value in encoder.config.to_dict().items() if key != "_name_or_path"},
-        "latent_size": latent_size or infer_latent_size(encoder.config) * beside,
+        # layers of one width; others: say latent_size
+        "latent_size": latent_size or infer_latent_size(encoder.config) * protocol.parts,
         "protocol": protocol.to_dict(),
     }
     if lora is not None:

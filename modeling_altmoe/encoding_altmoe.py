@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 ITEM_LENGTHS = "item_lengths"  # in a batch of items of different lengths: how much of each is its own
-POOLINGS = ("mean", "cls", "last_token", "pooler")
+POOLINGS = ("mean", "std", "max", "cls", "last_token", "pooler")
 COMBINATIONS = ("mean", "concat")
 
 
@@ -30,7 +30,9 @@ class LatentProtocol:
             output is not the last of them (a convolutional encoder's head), -1 is the output and -2 the last block.
         combine: what happens to several layers: `"mean"`, or `"concat"`: each is pooled and divided by its norm, then
             they stand side by side (blocks of different widths; early ones see what drawings are made of).
-        pooling: over tokens: `"mean"` (ignores padding), `"cls"`, `"last_token"` or `"pooler"` (the encoder's own).
+        pooling: over tokens: `"mean"`, `"std"` (standard deviation), `"max"` (all three ignore padding), `"cls"`,
+            `"last_token"` or `"pooler"` (the encoder's own). Several, joined by `+`, each divided by its norm, stand side
+            by side: `"mean+std"` is statistics pooling (Snyder et al. 2018), `"cls+mean"` what DINOv2's linear probes take.
         prompt: text put before every item (the encoder's native protocol matters by tens of points).
         normalize: divide each latent by its L2 norm.
         adapter: hash of the LoRA weights in use, or `""`.
@@ -50,14 +52,32 @@ class LatentProtocol:
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"Unknown pooling '{self.pooling}'. Known: {', '.join(POOLINGS)}.")
+        unknown = [name for name in self.poolings if name not in POOLINGS]
+        if unknown:
+            raise ValueError(
+                f"Unknown pooling '{unknown[0]}'. Known: {', '.join(POOLINGS)}, or several joined by +, as in mean+std."
+            )
+        if len(set(self.poolings)) < len(self.poolings):
+            raise ValueError(f"pooling='{self.pooling}' names one of them twice.")
         if self.combine not in COMBINATIONS:
             raise ValueError(f"combine='{self.combine}': expected one of {', '.join(COMBINATIONS)}.")
-        if self.combine == "concat" and self.pooling == "pooler":
-            raise ValueError("combine='concat' needs hidden states, pooling='pooler' has none. Use 'mean' or 'cls'.")
+        if "pooler" in self.poolings and (self.combine == "concat" or len(self.poolings) > 1):
+            raise ValueError(
+                f"pooling='{self.pooling}', combine='{self.combine}': the encoder's own pooler has no hidden states and stands "
+                "alone. Use 'mean' or 'cls'."
+            )
         if not self.layers:
             raise ValueError("A protocol needs at least one layer, e.g. layers=(-1,).")
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """The poolings whose vectors stand side by side: usually one."""
+        return tuple(self.pooling.split("+"))
+
+    @property
+    def parts(self) -> int:
+        """How many pooled vectors stand side by side in a latent."""
+        return len(self.poolings) * (len(self.layers) if self.combine == "concat" else 1)
 
     @classmethod
     def from_dict(cls, fields: dict) -> "LatentProtocol":
@@ -139,13 +159,21 @@ def _pool_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pool
         attention_mask = None  # the mask counts input samples (audio), not tokens
     if pooling == "cls":
         return tokens[:, 0]
-    if attention_mask is None:
-        return tokens[:, -1] if pooling == "last_token" else tokens.mean(1)
     if pooling == "last_token":
+        if attention_mask is None:
+            return tokens[:, -1]
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         last = (attention_mask.to(positions.dtype) * positions).argmax(-1)  # right for left padding, too
         return tokens[torch.arange(len(tokens), device=tokens.device), last]
+    if pooling == "std":
+        mean = _pool_tokens(hidden, attention_mask, "mean")[:, None]
+        variance = _pool_tokens((tokens - mean) ** 2, attention_mask, "mean")
+        return variance.clamp_min(1e-12).sqrt()  # the root has no gradient at 0
+    if attention_mask is None:
+        return tokens.amax(1) if pooling == "max" else tokens.mean(1)
     mask = attention_mask.to(tokens.dtype).unsqueeze(-1)
+    if pooling == "max":
+        return tokens.masked_fill(mask == 0, -torch.inf).amax(1)
     return (tokens * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
@@ -168,24 +196,29 @@ def pool(outputs, attention_mask: torch.Tensor | None, protocol: LatentProtocol)
         if pooled is None:
             raise ValueError("pooling='pooler', but this encoder has no pooler_output. Use 'mean' or 'cls'.")
         latent = pooled.flatten(1)  # (batch, size, 1, 1) of convolutional encoders -> (batch, size)
-    elif protocol.layers == (-1,):
-        latent = _pool_tokens(outputs.last_hidden_state, attention_mask, protocol.pooling)
     else:
-        states = tuple(outputs.hidden_states)
-        if outputs.last_hidden_state.shape != states[-1].shape:
-            states += (outputs.last_hidden_state,)
-        if any(not -len(states) <= layer < len(states) for layer in protocol.layers):
-            raise ValueError(f"layers={protocol.layers}, but this encoder has {len(states)} hidden states.")
-        pooled = [_pool_tokens(states[layer], attention_mask, protocol.pooling).float() for layer in protocol.layers]
-        if protocol.combine == "concat":
-            latent = torch.cat([nn.functional.normalize(part, dim=-1) for part in pooled], dim=-1)
-        elif len({part.shape for part in pooled}) > 1:
-            widths = [part.shape[-1] for part in pooled]
-            raise ValueError(
-                f"layers={protocol.layers} have widths {widths}: no mean of them exists, use combine='concat'."
-            )
-        else:
-            latent = torch.stack(pooled).mean(0)  # pooling is linear: the mean of pooled layers is the pooled mean
+        states = [outputs.last_hidden_state]
+        if protocol.layers != (-1,):
+            known = tuple(outputs.hidden_states)
+            if outputs.last_hidden_state.shape != known[-1].shape:
+                known += (outputs.last_hidden_state,)
+            if any(not -len(known) <= layer < len(known) for layer in protocol.layers):
+                raise ValueError(f"layers={protocol.layers}, but this encoder has {len(known)} hidden states.")
+            states = [known[layer] for layer in protocol.layers]
+        parts = []
+        for name in protocol.poolings:
+            pooled = [_pool_tokens(state, attention_mask, name).float() for state in states]
+            if protocol.combine == "mean":
+                if len({part.shape for part in pooled}) > 1:
+                    widths = [part.shape[-1] for part in pooled]
+                    raise ValueError(
+                        f"layers={protocol.layers} have widths {widths}: no mean of them exists, use combine='concat'."
+                    )
+                pooled = [torch.stack(pooled).mean(0)]  # pooling by the mean is linear: this is the pooled mean
+            parts += pooled
+        if protocol.combine == "concat" or len(parts) > 1:
+            parts = [nn.functional.normalize(part, dim=-1) for part in parts]
+        latent = torch.cat(parts, dim=-1)
     return nn.functional.normalize(latent.float(), dim=-1) if protocol.normalize else latent.float()
 
 

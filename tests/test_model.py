@@ -69,7 +69,15 @@ def test_padding_does_not_change_a_text_latent(joined, processor):
     torch.testing.assert_close(alone[0], padded[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last_token"])
+WITHOUT_PADDING = {
+    "mean": lambda real: real.mean(0),
+    "last_token": lambda real: real[-1],
+    "max": lambda real: real.amax(0),
+    "std": lambda real: real.std(0, correction=0),
+}
+
+
+@pytest.mark.parametrize("pooling", WITHOUT_PADDING)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_pooling_sees_real_tokens_only(pooling, side):
     tokens = torch.randn(1, 5, 4)
@@ -77,7 +85,9 @@ def test_pooling_sees_real_tokens_only(pooling, side):
     real = tokens[0][mask[0].bool()]
     outputs = type("Outputs", (), {"last_hidden_state": tokens})()
     latent = pool(outputs, mask, LatentProtocol(pooling=pooling, normalize=False))
-    torch.testing.assert_close(latent[0], real.mean(0) if pooling == "mean" else real[-1])
+    torch.testing.assert_close(latent[0], WITHOUT_PADDING[pooling](real))
+    outputs.last_hidden_state = real[None]
+    torch.testing.assert_close(pool(outputs, None, LatentProtocol(pooling=pooling, normalize=False)), latent)
 
 
 @torch.no_grad()
@@ -105,6 +115,30 @@ def test_layers_side_by_side_count_equally_and_widths_may_differ():
         pool(outputs, None, LatentProtocol(layers=(-3,), combine="concat"))
 
 
+@torch.no_grad()
+def test_poolings_side_by_side_count_equally():
+    first, last = torch.randn(2, 3, 5), torch.randn(2, 5, 5) * 100
+    outputs = type("Outputs", (), {"hidden_states": (first, last), "last_hidden_state": last})()
+    mean, std = (F.normalize(x, dim=-1) for x in (last.mean(1), last.std(1, correction=0)))
+    latent = pool(outputs, None, LatentProtocol(pooling="mean+std"))
+    torch.testing.assert_close(latent, torch.cat([mean, std], -1) / 2**0.5)
+    both = pool(outputs, None, LatentProtocol(pooling="mean+std", layers=(-2, -1), combine="concat"))
+    assert both.shape == (2, 20) and torch.allclose(both[:, 5:10], mean / 2)
+    averaged = pool(outputs, None, LatentProtocol(pooling="mean+std", layers=(-2, -1)))
+    torch.testing.assert_close(averaged[:, :5], F.normalize((first.mean(1) + last.mean(1)) / 2, dim=-1) / 2**0.5)
+
+
+@torch.no_grad()
+def test_several_poolings_make_a_latent_wider(processor):
+    pooled = {"text": {"pooling": "mean+std"}, "image": {"pooling": "cls+mean"}}
+    model = AltMoEModel.from_encoders({"text": tiny_bert(), "image": tiny_vit()}, protocols=pooled, **SIZES)
+    single = AltMoEModel.from_encoders({"text": tiny_bert(), "image": tiny_vit()}, **SIZES)
+    for modality in pooled:
+        assert model.config.latent_size(modality) == 2 * single.config.latent_size(modality)
+    texts = processor.batch("text", ["a cat", "a red dog"])
+    assert model.encode("text", texts).shape == (2, model.config.latent_size("text"))
+
+
 def test_combining_belongs_to_the_identity_and_old_fingerprints_stay():
     plain, beside = LatentProtocol(layers=(-2, -1)), LatentProtocol(layers=(-2, -1), combine="concat")
     assert "combine" not in plain.to_dict() and LatentProtocol.from_dict(plain.to_dict()) == plain
@@ -112,9 +146,12 @@ def test_combining_belongs_to_the_identity_and_old_fingerprints_stay():
     assert LatentProtocol.from_dict(beside.to_dict()) == beside and beside.fingerprint != plain.fingerprint
     with pytest.raises(ValueError, match="combine: expected 'mean', got 'concat'"):
         plain.check_same(beside, "These")
-    for fields in ({"combine": "sum"}, {"combine": "concat", "pooling": "pooler"}):
+    for fields in ({"combine": "sum"}, {"combine": "concat", "pooling": "pooler"}, {"pooling": "mean+pooler"}):
         with pytest.raises(ValueError, match="combine="):
             LatentProtocol(**fields)
+    for pooling, message in (("mean+sdt", "'sdt'.*mean\\+std"), ("mean+mean", "twice")):
+        with pytest.raises(ValueError, match=message):
+            LatentProtocol(pooling=pooling)
 
 
 @torch.no_grad()

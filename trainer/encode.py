@@ -55,7 +55,10 @@ class EncodeArguments:
         default=None, metadata={"help": "columns kept beside the latents (default: all plain ones)"}
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the encoder"})
-    pooling: str = field(default="mean", metadata={"help": f"pooling over tokens: {', '.join(POOLINGS)}"})
+    pooling: str = field(
+        default="mean",
+        metadata={"help": f"pooling over tokens: {', '.join(POOLINGS)}, or several side by side, as in mean+std"},
+    )
     layers: list[int] | None = field(
         default=None, metadata={"help": "hidden states to use, e.g. -2 -1 (default: the last)"}
     )
@@ -159,7 +162,7 @@ def prepare_encoder(arguments) -> tuple:
     )
     own = load_processor(arguments.encoder, encoder.main_input_name, **({"revision": commit} if commit else {}))
     width = None
-    if protocol.combine == "concat":  # no configuration tells the widths of all layers: an empty item does
+    if protocol.parts > 1:  # no configuration tells the widths of all layers: an empty item does
         processor = AltMoEProcessor({arguments.modality: own})
         blank = {"text": "a", "image": Image.new("RGB", (64, 64))}.get(processor.kind(arguments.modality))
         blank = np.zeros(16000, dtype=np.float32) if blank is None else blank

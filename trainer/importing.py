@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--encoder", help="made by this encoder: Hub name or folder")
     parser.add_argument("--revision", help="branch, tag or commit of the encoder")
-    parser.add_argument("--pooling", default="mean", choices=POOLINGS, help="pooling over tokens (default: mean)")
+    parser.add_argument(
+        "--pooling", default="mean", help=f"over tokens (default: mean): {', '.join(POOLINGS)}, or mean+std"
+    )
     parser.add_argument("--layers", type=int, nargs="+", help="hidden states that were used (default: the last)")
     parser.add_argument("--combine", default="mean", choices=COMBINATIONS, help="several layers: mean or concat")
     parser.add_argument("--prompt", default="", help="text that was put before every item")
@@ -283,7 +285,7 @@ def verify(found: Inspection, rows: Rows, column: str, entry: dict, modality: st
             f"verified: {len(items)} items encoded anew agree (mean cosine {here.mean():.4f}, lowest {here.min():.4f})"
         )
     hint = ""
-    for pooling in POOLINGS:
+    for pooling in POOLINGS if len(protocol.poolings) == 1 else ():
         with contextlib.suppress(ValueError):  # not every encoder has a pooler
             if pooling != protocol.pooling and (other := cosines(pooling).mean()) >= ALIKE:
                 hint = f" With --pooling {pooling} it is {other:.4f}: that is what made them."

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.closed_form import retrieval_criterion
-from trainer.target_metric import CHOICES, fit_target_metrics
+from trainer.target_metric import CHOICES, Compared, _spectrum, fit_target_metrics
 
 
 def loud_and_telling(n=400, d=24, seed=0):
@@ -55,6 +55,20 @@ def test_metric_is_the_formula_keeps_length_and_follows_a_rotation():
     turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(5)))[0]
     turned, _ = fit(predictions @ turn, targets @ turn, groups, choices=[(0.5, 0.3)])
     torch.testing.assert_close(turn.T @ metric @ turn, turned, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [12, 24, 40])
+def test_fewer_targets_than_dimensions_give_the_same_metric_and_scores(rows):
+    predictions, targets, groups = (x[:rows].double() for x in loud_and_telling())
+    centred = targets - targets.mean(0)
+    covariance = centred.T @ centred
+    for power, ridge in ((0.5, 0.3), (1.0, 1.0)):
+        energy, vectors = torch.linalg.eigh(covariance / covariance.diagonal().mean())
+        whole = (vectors * (energy.clamp_min(0) + ridge) ** -power) @ vectors.T
+        metric, _ = fit(predictions, targets, groups, choices=[(power, ridge)])
+        torch.testing.assert_close(metric / metric.norm(), whole / whole.norm())
+        found = Compared(predictions, targets, *_spectrum(targets)).scores(power, ridge)
+        torch.testing.assert_close(found, F.normalize(predictions @ whole, dim=1) @ targets.T)
 
 
 @pytest.mark.parametrize("seed", [0, 3, 4])

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 POWERS = (0.25, 0.5, 0.75, 1.0)
 RIDGES = (0.1, 0.3, 1.0, 3.0)
@@ -74,9 +73,8 @@ def fit_target_metrics(
         here = {m: (chosen[rows] & (folds[m] == fold)).nonzero()[:, 0] for m, rows in items.items()}
         parts = []
         for (source, target), said in predictions.items():
-            energy, vectors = _spectrum(targets[target][folds[target] != fold])
-            # a rotation of both sides changes no inner product, and makes every choice a weighting of columns
-            parts.append((said[here[source]] @ vectors, targets[target][here[target]] @ vectors, energy))
+            spectrum = _spectrum(targets[target][folds[target] != fold])
+            parts.append(Compared(said[here[source]], targets[target][here[target]], *spectrum))
         source, target = next(iter(predictions))
         match = items[source][here[source]][:, None] == items[target][here[target]][None, :]
         if match.any() and not match.all():
@@ -93,23 +91,55 @@ def fit_target_metrics(
     metrics = {}
     for (source, target), said in predictions.items():
         energy, vectors = _spectrum(targets[target])
-        metric = (vectors * (energy + ridge) ** -power) @ vectors.T
+        metric = (vectors * ((energy + ridge) ** -power - ridge**-power)) @ vectors.T
+        metric.diagonal().add_(ridge**-power)
         metrics[source, target] = metric * (said.norm() / (said @ metric).norm().clamp_min(1e-12))
     about = {"criterion": float(criteria[best]), "plain_criterion": float(criteria[plain])}
     return metrics, {"power": power, "ridge": ridge, **about}
 
 
-def reciprocal_ranks(parts: list, match: Tensor, power: float, ridge: float) -> Tensor:
+class Compared:
+    """Predictions and targets of one direction, whose inner products under any metric are cheap.
+
+    In the targets' eigenbasis a metric weighs columns. Where there are fewer targets than dimensions, the basis spans
+    what they vary in; outside it every energy is 0, and all a metric needs of it are the plain inner products and lengths.
+
+    Args:
+        said: `(n, d)`.
+        true: `(m, d)`.
+        energy: `(k,)`; None with `vectors` None compares under the plain inner product only.
+        vectors: `(d, k)` orthonormal columns.
+    """
+
+    def __init__(self, said: Tensor, true: Tensor, energy: Tensor | None = None, vectors: Tensor | None = None):
+        vectors = said.new_zeros(said.shape[1], 0) if vectors is None else vectors
+        self.energy = said.new_zeros(0) if energy is None else energy
+        self.said, self.true = said @ vectors, true @ vectors
+        self.outside, self.lengths = None, 0.0
+        if vectors.shape[1] < vectors.shape[0]:
+            self.outside = said @ true.T - self.said @ self.true.T
+            self.lengths = (said.square().sum(1) - self.said.square().sum(1)).clamp_min(0)
+
+    def scores(self, power: float, ridge: float) -> Tensor:
+        """Cosines of the predictions under the metric with the targets as they are, `(n, m)`."""
+        weighted, rest = self.said * (self.energy + ridge) ** -power, ridge**-power
+        table = weighted @ self.true.T
+        if self.outside is not None:
+            table = table + rest * self.outside
+        lengths = (weighted.square().sum(1) + rest**2 * self.lengths).sqrt()
+        return table / lengths.clamp_min(1e-12)[:, None]
+
+
+def reciprocal_ranks(parts: list[Compared], match: Tensor, power: float, ridge: float) -> Tensor:
     """1 / rank of every query's best match, of both directions' standardised scores where there are two.
 
     Args:
-        parts: `(said, true, energy)` of a direction and of its reverse, if there is one; all in the targets' eigenbasis,
-            whose energies may be anything with `PLAIN`, which compares as it is.
+        parts: a direction and its reverse, if there is one.
         match: `(n, m)` boolean, for the first direction.
     """
     scores = 0
-    for place, (said, true, energy) in enumerate(parts):
-        found = F.normalize(said * (energy + ridge) ** -power, dim=1) @ true.T
+    for place, part in enumerate(parts):
+        found = part.scores(power, ridge)
         found = found.T if place else found
         scores = scores + found / found[~match].std(correction=0).clamp_min(1e-12)
     result = []
@@ -122,11 +152,19 @@ def reciprocal_ranks(parts: list, match: Tensor, power: float, ridge: float) -> 
 
 
 def _spectrum(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues over their mean `(d,)` and eigenvectors `(d, d)` of the targets' covariance."""
+    """Eigenvalues over their mean `(k,)` and eigenvectors `(d, k)` of the targets' covariance; fewer targets than
+    dimensions have `k < d`, and the eigenvalues that are left out are 0."""
     centred = (targets - targets.mean(0)).double()
-    energy, vectors = torch.linalg.eigh(centred.T @ centred)
-    energy = energy.clamp_min(0)
-    return (energy / energy.mean().clamp_min(1e-30)).to(targets.dtype), vectors.to(targets.dtype)
+    n, d = centred.shape
+    if n >= d:
+        energy, vectors = torch.linalg.eigh(centred.T @ centred)
+        energy = energy.clamp_min(0)
+    else:
+        energy, left = torch.linalg.eigh(centred @ centred.T)
+        keep = energy > energy[-1] * torch.finfo(energy.dtype).eps * d
+        energy = energy[keep]
+        vectors = centred.T @ left[:, keep] / energy.sqrt()
+    return (energy * d / energy.sum().clamp_min(1e-30)).to(targets.dtype), vectors.to(targets.dtype)
 
 
 def _check(predictions, targets, folds, items, choices) -> None:

@@ -8,16 +8,19 @@ closed form), where the mixture has to do all the work; and the connector alone 
 Measured is mean recall on the test split with the shared post-processing, and what it took to 95 % of the reference's
 best validation recall: updates of one direction, samples (pairs that a loss has seen) and seconds. A joint step updates
 all T directions: "equal updates" is equal work with T times fewer optimiser steps, "equal steps" is T times the work.
-Splits that are already there are not run again, so it can be interrupted.
+Splits that are already there are not run again (`--again` does), so it can be interrupted.
 """
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
 import os
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: measured faster than two threads
@@ -137,6 +140,19 @@ def run(data: str, name: str, seed: int, stores: dict[str, str]) -> dict:
     }
 
 
+def path_of(data: str) -> Path:
+    """Where a data set's figures lie."""
+    return RESULTS / f"ablation-{data}.json"
+
+
+def run_and_keep(data: str, name: str, seed: int, stores: dict[str, str]) -> None:
+    """Measure one variant on one split, and keep it in the data set's JSON with the day."""
+    torch.set_num_threads(1)
+    about = {"data": data, "settings": {part: settings_of(part, len(directions_of(stores))) for part in PARTS}}
+    measured = run(data, name, seed, stores)
+    keep(path_of(data), about, "parts", [name, str(seed)], {**measured, "date": datetime.date.today().isoformat()})
+
+
 def updates_to(of: dict, level: float) -> float:
     """Updates of one direction until validation first reached `level`; NaN if never."""
     return next((step * of["updates_a_step"] for step, value in of["validation"] if value >= level), float("nan"))
@@ -239,6 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--schedules", action="store_true", help=f"only where schedules differ: {', '.join(SCHEDULES)}")
     parser.add_argument("--quick", action="store_true", help="three variants of the connector alone, two splits")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there")
     parser.add_argument("--show", action="store_true", help="run nothing, print and draw what is there")
     given = parser.parse_args(arguments)
     names = list(SCHEDULES) if given.schedules else given.parts
@@ -249,14 +267,18 @@ def main(arguments: list[str] | None = None) -> None:
         stores = (data_sets.store_folders if given.show else data_sets.prepare)(given.data)
     except ValueError as error:
         parser.error(str(error))
-    path = RESULTS / f"ablation-{given.data}.json"
+    path = path_of(given.data)
     results = read_results(path, "parts")
-    about = {"data": given.data, "settings": {part: settings_of(part, len(directions_of(stores))) for part in PARTS}}
-    for seed in [] if given.show else seeds:
-        for name in names:
-            if str(seed) not in results.get(name, {}):
-                print(f"split {seed}: {name} ...", flush=True)
-                results = keep(path, about, "parts", [name, str(seed)], run(given.data, name, seed, stores))
+    missing = [
+        (name, seed) for seed in seeds for name in names if given.again or str(seed) not in results.get(name, {})
+    ]
+    if missing and not given.show:
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(run_and_keep, given.data, *job, stores): job for job in missing}
+            for number, done in enumerate(as_completed(running), start=1):
+                done.result()
+                print(f"[{number}/{len(missing)}] split {running[done][1]}: {running[done][0]}", flush=True)
+        results = read_results(path, "parts")
     rows = summarise(results, names, seeds)
     print(f"\n{given.data}, mean recall in % ± standard error\n\n{table(rows)}")
     draw(rows, given.data)

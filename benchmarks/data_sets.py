@@ -34,7 +34,7 @@ DATA = {
 }
 # the same items by several layers of the same encoders, side by side: pictures alone, or captions, too
 SEVERAL = {
-    "image": ("-blocks", ("--layers", "-7", "-5", "-3", "-2", "-1", "--combine", "concat")),
+    "image": ("-blocks", ("--layers", "-7", "-5", "-3", "-2", "-1", "--combine", "concat", "--pooling", "mean+std")),
     "text": ("-layers", ("--layers", "0", "2", "4", "6", "--combine", "concat")),
 }
 ENDINGS = {"-blocks": ("image",), "-layers": ("image", "text")}

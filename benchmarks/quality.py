@@ -44,7 +44,9 @@ SLOW = ("paper", *HEADS)
 METHODS = (*OURS, *BASELINES)
 QUICK = ("altmoe", "chance", "ridge", "kernel_ridge", "cca", "asif")
 CURVE = ("altmoe", *CLOSED_FORMS)
+PASSES = 30
 LARGE = 4000  # training pairs from which a search of 24 trained heads takes an hour a split
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where `altmoe train` trains, too
 FLAGS: list[str] = []  # further flags of `altmoe train`, for tests
 TEST, VALIDATION = 0.2, 0.1  # shares of the concepts
 SEARCH = {
@@ -87,6 +89,8 @@ def train_ours(job: Job, stores: dict[str, str], benchmark: str = "quality") -> 
     flags = {"stores": json.dumps(stores), "output_dir": folder, "split_seed": job.seed, "seed": job.seed}
     flags |= {"test_fraction": TEST, "validation_fraction": VALIDATION, "train_concepts": job.concepts}
     flags |= {"overwrite": "true", "disable_tqdm": "true"}
+    if job.method == "paper":  # its steps are for some hundred pairs: never less than the other trained heads' passes
+        flags["max_steps"] = max(300, PASSES * len(open_split(stores, job.seed, job.concepts)["train"]) // 128)
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     train(parse_arguments([*OURS[job.method], *words, "--directions", *directions_of(stores), *FLAGS]))
     return folder
@@ -114,15 +118,17 @@ def run_baseline(job: Job, stores: dict[str, str]) -> dict:
     """Fit and choose one competitor, a pair of modalities after the other: `{pair of modalities: figures}`."""
     parts, found = open_split(stores, job.seed, job.concepts), {}
     for pair in itertools.combinations(sorted(stores), 2):
-        latents, validation = partnered_latents(parts["train"], pair), retrieval_data(parts["validation"], pair)
+        latents = partnered_latents(parts["train"], pair, DEVICE)
+        validation = retrieval_data(parts["validation"], pair, DEVICE)
         direction = "->".join(pair)
         rows = parts["train"].batch(direction, range(len(parts["train"].rows[direction])))
         groups = torch.from_numpy(parts["train"].group_of_key[rows["keys"]])
         method = BASELINES[job.method]()
         wall, own = time.time(), time.process_time()
-        retriever = method.fit(rows["latents"], validation, groups, seed=job.seed)
+        rows = {modality: x.to(DEVICE) for modality, x in rows["latents"].items()}
+        retriever = method.fit(rows, validation, groups.to(DEVICE), seed=job.seed)
         cost = {"seconds": time.time() - wall, "cpu_seconds": time.process_time() - own, "trials": method.trials}
-        figures = evaluate_variants(retriever, latents, validation, retrieval_data(parts["test"], pair))
+        figures = evaluate_variants(retriever, latents, validation, retrieval_data(parts["test"], pair, DEVICE))
         found["<->".join(pair)] = {**figures, **cost, "training_rows": len(groups), "chosen": retriever.config}
     return found
 
@@ -136,7 +142,8 @@ def run_job(job: Job, stores: dict[str, str]) -> None:
     place = [str(job.concepts or "all"), str(job.seed)]
     today = datetime.date.today().isoformat()
     for pair, figures in found.items():
-        keep(path_of(job.data), about, "sizes", [*place, pair, job.method], {**figures, "date": today})
+        figures = {**figures, "date": today, "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"}
+        keep(path_of(job.data), about, "sizes", [*place, pair, job.method], figures)
 
 
 def path_of(data: str):

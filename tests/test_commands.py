@@ -123,12 +123,13 @@ def test_encoding_again_adds_nothing(place, encoder_folders):
     assert (again["written"], again["present"], again["rows"]) == (0, 48, 48)
 
 
-def test_layers_side_by_side_have_a_measured_width_and_a_protocol_of_their_own(place, encoder_folders, tmp_path):
-    """Half the width is each layer's, and each counts the same."""
+@pytest.mark.parametrize("fields", [{"layers": [-2, -1], "combine": "concat"}, {"pooling": "mean+std"}])
+def test_parts_side_by_side_have_a_measured_width_and_a_protocol_of_their_own(place, encoder_folders, tmp_path, fields):
+    """Half the width is each layer's or each pooling's, and each counts the same."""
     named = {"data": str(place / "data"), "encoder": encoder_folders["image"], "modality": "image"}
-    encode(EncodeArguments(**named, out=str(tmp_path), layers=[-2, -1], combine="concat"))
+    encode(EncodeArguments(**named, out=str(tmp_path), **fields))
     store = LatentStore.open(tmp_path)
-    assert (store.protocol.combine, store.protocol.layers) == ("concat", (-2, -1))
+    assert store.protocol.parts == 2 and store.protocol.to_dict().items() >= fields.items()
     halves = store.latents().reshape(len(store), 2, -1)
     np.testing.assert_allclose(halves.norm(dim=-1), 0.5**0.5, atol=1e-5)
     with pytest.raises(ValueError, match=r"of width|another protocol"):

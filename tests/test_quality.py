@@ -166,7 +166,7 @@ def test_pictures_by_several_blocks_are_a_data_set_of_their_own(tmp_path, monkey
     folders = data_sets.prepare("stamps-blocks")
     assert folders == {"image": "build/stores/stamps-blocks/image", "text": "build/stores/stamps/text"}
     pictures, captions = [words for words in called if "encode" in words]
-    assert pictures[-2:] == ["--combine", "concat"] and "build/data/stamps" in pictures
+    assert pictures[-4:] == ["--combine", "concat", "--pooling", "mean+std"] and "build/data/stamps" in pictures
     assert "--combine" not in captions and captions[captions.index("--out") + 1] == folders["text"]
     called.clear()
     folders = data_sets.prepare("stamps-layers")

@@ -162,7 +162,9 @@ def prepare_encoder(arguments) -> tuple:
     )
     own = load_processor(arguments.encoder, encoder.main_input_name, **({"revision": commit} if commit else {}))
     width = None
-    if protocol.parts > 1:  # no configuration tells the widths of all layers: an empty item does
+    if (
+        protocol.layers != (-1,) or protocol.parts > 1
+    ):  # no configuration tells the widths of all layers: an empty item does
         processor = AltMoEProcessor({arguments.modality: own})
         blank = {"text": "a", "image": Image.new("RGB", (64, 64))}.get(processor.kind(arguments.modality))
         blank = np.zeros(16000, dtype=np.float32) if blank is None else blank

@@ -136,7 +136,7 @@ def run(data: str, name: str, seed: int, stores: dict[str, str]) -> dict:
         "batch": arguments.per_device_train_batch_size,
         "steps": settings["max_steps"],
         "validation": validation,
-        "gradient_cosine": gradient_conflict(model.eval(), parts["train"]),
+        "gradient_cosine": gradient_conflict(model.eval().cpu(), parts["train"]),
     }
 
 

@@ -88,7 +88,7 @@ def _fit_bases(
         groups = torch.from_numpy(pairs.group_of_key[batch["keys"]])
         choice = chosen.get(direction)
         fixed = {"gammas": [choice["gamma"]], "lambdas": [choice["lam"]]} if choice else {}
-        # doubles are what a GPU of another make lacks
+        # on other devices not: some have no doubles
         where = device if device.type == "cuda" else torch.device("cpu")
         fit = fit_closed_form(
             source.to(where),

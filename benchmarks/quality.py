@@ -225,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"default: all of {', '.join(METHODS)}")
     add("--again", nargs="+", default=[], choices=METHODS, metavar="METHOD", help="measure these anew")
     add("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
-    add("--quick", action="store_true", help="stamps, two splits, no method trained by gradient but ours: 2 minutes")
+    add("--quick", action="store_true", help="stamps, two splits, no method trained by gradient but ours: a minute")
     add("--show", action="store_true", help="measure nothing, print and draw what is there")
     return result
 

@@ -19,8 +19,6 @@ import json
 import os
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: measured faster than two threads
@@ -30,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import data_sets
-from benchmarks.common import RESULTS, keep, read_results, standard_error
+from benchmarks.common import RESULTS, keep, read_results, run_all, standard_error
 from benchmarks.quality import directions_of
 from trainer.arguments import parse_arguments
 from trainer.evaluate import EvaluateArguments, evaluate
@@ -269,15 +267,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     path = path_of(given.data)
     results = read_results(path, "parts")
-    missing = [
-        (name, seed) for seed in seeds for name in names if given.again or str(seed) not in results.get(name, {})
-    ]
-    if missing and not given.show:
-        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(run_and_keep, given.data, *job, stores): job for job in missing}
-            for number, done in enumerate(as_completed(running), start=1):
-                done.result()
-                print(f"[{number}/{len(missing)}] split {running[done][1]}: {running[done][0]}", flush=True)
+    if not given.show:
+        missing = {
+            f"split {seed}: {name}": (given.data, name, seed, stores)
+            for seed in seeds
+            for name in names
+            if given.again or str(seed) not in results.get(name, {})
+        }
+        run_all(run_and_keep, missing, given.jobs)
         results = read_results(path, "parts")
     rows = summarise(results, names, seeds)
     print(f"\n{given.data}, mean recall in % ± standard error\n\n{table(rows)}")

@@ -18,9 +18,7 @@ import json
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from subprocess import CalledProcessError
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: measured faster than two threads
@@ -28,7 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from benchmarks import data_sets, report
+from benchmarks import common, data_sets, report
 from benchmarks.common import RESULTS, keep, read_results
 from trainer.arguments import parse_arguments
 from trainer.baselines import CLOSED_FORMS, TRIALS
@@ -126,7 +124,7 @@ def run_baseline(job: Job, stores: dict[str, str]) -> dict:
         method = BASELINES[job.method]()
         wall, own = time.time(), time.process_time()
         rows = {modality: x.to(DEVICE) for modality, x in rows["latents"].items()}
-        retriever = method.fit(rows, validation, groups.to(DEVICE), seed=job.seed)
+        retriever = method.fit(rows, validation, groups, seed=job.seed)
         cost = {"seconds": time.time() - wall, "cpu_seconds": time.process_time() - own, "trials": method.trials}
         figures = evaluate_variants(retriever, latents, validation, retrieval_data(parts["test"], pair, DEVICE))
         found["<->".join(pair)] = {**figures, **cost, "training_rows": len(groups), "chosen": retriever.config}
@@ -176,29 +174,12 @@ def is_done(job: Job, pairs: int) -> bool:
 
 
 def run_all(jobs: list[tuple[Job, dict]], processes: int) -> None:
-    """Run jobs one by one, or in several processes; a failed one is named and ends the run after the others."""
-    start, failed = time.time(), []
+    """`run_job` for every job, see `common.run_all`."""
 
-    def told(job: Job, number: int, error: BaseException | None) -> None:
-        what = f"{job.data}, split {job.seed}, {job.concepts or 'all'} concepts, {job.method}"
-        print(f"[{number}/{len(jobs)}, {time.time() - start:.0f} s] {what}{f': {error}' if error else ''}", flush=True)
-        if error:
-            failed.append(what)
+    def name(job: Job) -> str:
+        return f"{job.data}, split {job.seed}, {job.concepts or 'all'} concepts, {job.method}"
 
-    if processes == 1 or len(jobs) < 2:
-        for number, (job, stores) in enumerate(jobs, start=1):
-            try:
-                run_job(job, stores)
-                told(job, number, None)
-            except Exception as error:
-                told(job, number, error)
-    else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(run_job, job, stores): job for job, stores in jobs}
-            for number, done in enumerate(as_completed(running), start=1):
-                told(running[done], number, done.exception())
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(jobs)} measurements failed: {'; '.join(failed[:5])}")
+    common.run_all(run_job, {name(job): (job, stores) for job, stores in jobs}, processes)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ from .scoring_altmoe import PRINT_SIZE
 
 CONTRASTIVE, REGRESSION = 0, 1
 TERMS = ("contrastive", "regression")  # in that order
+BASE_ROWS = 8192  # sources whose features are in memory at once: there may be many thousand landmarks
 RECALL_POWER = 3  # how much nearer training items count more in what is recalled
 
 
@@ -129,6 +130,10 @@ class ClosedFormBase(nn.Module):
 
     def forward(self, source: torch.Tensor) -> torch.Tensor:
         """What it says of sources `(b, d_source)`: `(b, d_target)`, or `(b, 2, d_target)` if it recalls."""
+        parts = [self._say(part) for part in source.split(BASE_ROWS)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _say(self, source: torch.Tensor) -> torch.Tensor:
         features = source
         if self.kind == "kernel":
             cosines = source @ self.landmarks.T

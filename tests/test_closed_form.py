@@ -152,7 +152,7 @@ def test_the_path_holds_the_fit_of_every_grid_point(kind):
 
 def test_selection_on_a_subset_still_fits_every_row():
     x, y, groups = pairs(n=80, n_groups=60)
-    some = fit_closed_form(x, y, groups, gammas=(4.0,), lambdas=(0.1,), maxselection_rows=20)
+    some = fit_closed_form(x, y, groups, gammas=(4.0,), lambdas=(0.1,), max_selection_rows=20)
     every = fit_closed_form(x, y, groups, gammas=(4.0,), lambdas=(0.1,))
     torch.testing.assert_close(some.weight, every.weight)
     torch.testing.assert_close(some.out_of_sample, every.out_of_sample)

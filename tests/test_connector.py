@@ -153,16 +153,19 @@ def test_target_metric_changes_the_score_and_not_the_estimate():
 
 
 @torch.no_grad()
-def test_kernel_base_is_the_gaussian_kernel_on_unit_vectors():
+def test_kernel_base_is_the_gaussian_kernel_on_unit_vectors(monkeypatch):
     model, latents = small_model(base="kernel"), paired_latents(10)
     landmarks = F.normalize(torch.randn(7, 24), dim=-1)
     weight = torch.randn(7, 16)
     model.connector.set_base("image->text", weight, torch.zeros(16), landmarks, gamma=3.0)
     unit = model.connector.source(latents, "image->text")
     gaussian = torch.exp(-3.0 * torch.cdist(unit, landmarks).square() / 2)
-    torch.testing.assert_close(
-        model.connector(latents, "image->text").contrastive, gaussian @ weight, atol=1e-5, rtol=1e-4
-    )
+    expected = gaussian @ weight
+    torch.testing.assert_close(model.connector(latents, "image->text").contrastive, expected, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr("modeling_altmoe.connector_altmoe.BASE_ROWS", 4)  # ten sources, four at a time and a rest
+    torch.testing.assert_close(model.connector(latents, "image->text").contrastive, expected, atol=1e-5, rtol=1e-4)
+    nothing = {modality: rows[:0] for modality, rows in latents.items()}
+    assert model.connector.base["image->text"](model.connector.source(nothing, "image->text")).shape == (0, 16)
 
 
 def test_noise_and_dropout_act_in_training_only():

@@ -69,7 +69,11 @@ class AltMoEArguments(TrainingArguments):
     base: str = _help("closed form under the experts: none, ridge or kernel", "kernel")
     target_metric: bool = _help("score the closed form through a fitted metric of the target latents", True)
     recall: bool = _help("with up to 1,000 pairs the kernel base also recalls the nearest training items", True)
-    max_landmarks: int = _help("most landmarks of the kernel base (more items: Nystroem)", 2048)
+    max_landmarks: int | None = _help(
+        "most landmarks of the kernel base (default: every pair up to 16,384, of more a sample, the smaller the more there are); "
+        "fewer make a smaller model that finds less",
+        None,
+    )
     head_scale: float = _help("size of the experts' correction relative to the base", 1.0)
 
     # loss
@@ -141,7 +145,7 @@ class AltMoEArguments(TrainingArguments):
             raise ValueError(f"target_precision={self.target_precision}: expected a share between 0 and 1.")
         if self.train_concepts < 0:
             raise ValueError(f"train_concepts={self.train_concepts}: expected 0 (all) or a positive number.")
-        if self.max_landmarks < 1:
+        if self.max_landmarks is not None and self.max_landmarks < 1:
             raise ValueError(f"max_landmarks={self.max_landmarks}: expected at least 1.")
         super().__post_init__()
 

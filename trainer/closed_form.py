@@ -19,20 +19,30 @@ also leaves the means, and the identity used for it,
     e_G = (I - H_GG)^{-1} (y_G - yhat_G),   H the hat matrix including the intercept,
 
 is exact for groups of any size (block form of PRESS: Cook and Weisberg 1982, section 3.6). One eigendecomposition per
-gamma serves every lambda: `_Spectrum` keeps H = 1 1^T / n + U diag(s^2 / (s^2 + lambda)) U^T.
+gamma serves every lambda: `_Spectrum` keeps H = 1 1^T / n + U diag(s^2 / (s^2 + lambda)) U^T. More landmarks than that
+can take (`EIGEN_LANDMARKS`) are solved by `trainer.kernel_solver`, one gamma and lambda at a time: gamma is chosen on a
+part of the rows, lambda on all of them.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.kernel_solver import Dual, Nystroem, cholesky_with_jitter, choose_landmarks, groups_by_size
+
 KERNEL_GAMMAS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 KERNEL_LAMBDAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 RIDGE_LAMBDAS = (0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 DOUBLE_ROWS = 4096
+EIGEN_LANDMARKS = 2048  # more are factorised for one gamma and lambda at a time
+SCREEN_ROWS = 2048  # on which gamma is chosen then
+MAX_LANDMARKS = 16384  # so many rows are all landmarks
+MIN_LANDMARKS = 2048
 
 
 @dataclass
@@ -89,8 +99,8 @@ def fit_closed_form(
     kind: str = "kernel",
     gammas: Sequence[float] = KERNEL_GAMMAS,
     lambdas: Sequence[float] | None = None,
-    max_landmarks: int = 4096,
-    maxselection_rows: int = 4096,
+    max_landmarks: int | None = None,
+    max_selection_rows: int = 4096,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     weights: Tensor | None = None,
@@ -106,8 +116,9 @@ def fit_closed_form(
         kind: `"kernel"` or `"ridge"`.
         gammas: kernel sharpness values to try; ignored for ridge.
         lambdas: penalties to try; default `KERNEL_LAMBDAS` or `RIDGE_LAMBDAS`.
-        max_landmarks: all distinct sources are landmarks up to this number, a seeded random subset above it.
-        maxselection_rows: rows (whole groups, seeded) the criterion is measured on. Every row is always fitted.
+        max_landmarks: all distinct sources are landmarks up to this number, a seeded random subset above it. Default:
+            `default_landmarks`.
+        max_selection_rows: rows (whole groups, seeded) the criterion is measured on. Every row is always fitted.
         seed: for the two subsets.
         dtype: of the computation; default float64, but float32 above `DOUBLE_ROWS` rows, which halves the time and
             agrees to about 1e-3 at the chosen point (measured). The result has the dtype of `sources`.
@@ -123,16 +134,10 @@ def fit_closed_form(
     lambdas = tuple(lambdas if lambdas is not None else (KERNEL_LAMBDAS if kind == "kernel" else RIDGE_LAMBDAS))
     problem = _Problem(sources, targets, groups, kind, gammas, lambdas, max_landmarks, seed, dtype, weights)
     items = problem.groups if items is None else items.to(problem.x.device)
-    selection = selection_rows(problem.groups, maxselection_rows, problem.generator)
-    grid, best = [], None
-    for gamma, spectrum in problem.spectra():
-        held_out = spectrum.leave_group_out(problem.groups, selection)
-        for lam in lambdas:
-            value = retrieval_criterion(held_out(lam), problem.y[selection], items[selection])
-            grid.append({"gamma": gamma, "lam": lam, "criterion": value})
-            if best is None or value > best[0]:
-                best = (value, gamma, lam, spectrum)
-    _, gamma, lam, spectrum = best
+    selection = selection_rows(problem.groups, max_selection_rows, problem.generator)
+    if problem.is_large:
+        return _fit_large(problem, lambdas, items, folds, selection)
+    grid, gamma, lam, spectrum = _search(problem, lambdas, items, selection)
     fit = problem.fit(gamma, lam, spectrum)
     every_row = torch.arange(len(sources), device=problem.x.device)
     fit.out_of_sample = spectrum.leave_group_out(problem.groups, every_row)(lam).to(sources.dtype)
@@ -149,7 +154,7 @@ def closed_form_path(
     kind: str = "kernel",
     gammas: Sequence[float] = KERNEL_GAMMAS,
     lambdas: Sequence[float] = KERNEL_LAMBDAS,
-    max_landmarks: int = 4096,
+    max_landmarks: int | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Iterator[ClosedFormFit]:
@@ -159,9 +164,68 @@ def closed_form_path(
     """
     rows = torch.arange(len(sources), device=sources.device)
     problem = _Problem(sources, targets, rows, kind, gammas, tuple(lambdas), max_landmarks, seed, dtype, None)
+    if problem.is_large:
+        for gamma, lam in itertools.product(gammas, lambdas):
+            yield problem.fit(gamma, lam, problem.solved(gamma, lam))
+        return
     for gamma, spectrum in problem.spectra():
         for lam in lambdas:
             yield problem.fit(gamma, lam, spectrum)
+
+
+def _search(problem: "_Problem", lambdas: Sequence[float], items: Tensor, selection: Tensor) -> tuple:
+    """`(grid, gamma, lambda, spectrum)`: every pair by its leave-group-out criterion, and the first of the best."""
+    grid, best = [], None
+    for gamma, spectrum in problem.spectra():
+        held_out = spectrum.leave_group_out(problem.groups, selection)
+        for lam in lambdas:
+            value = retrieval_criterion(held_out(lam), problem.y[selection], items[selection])
+            grid.append({"gamma": gamma, "lam": lam, "criterion": value})
+            if best is None or value > best[0]:
+                best = (value, gamma, lam, spectrum)
+    return grid, *best[1:]
+
+
+def _fit_large(problem: "_Problem", lambdas: Sequence[float], items: Tensor, folds: Tensor | None, selection: Tensor):
+    """`fit_closed_form` where there are too many landmarks for an eigendecomposition.
+
+    Gamma is the best on `SCREEN_ROWS` rows. The best lambda there is where the search on all rows starts; it goes down
+    while that helps, since more rows need less of a penalty.
+    """
+    gamma, lam, grid = problem.gammas[0], lambdas[0], []
+    if len(problem.gammas) * len(lambdas) > 1:
+        rows = selection_rows(problem.groups, SCREEN_ROWS, problem.generator)
+        part = problem.x[rows].double(), problem.y[rows].double(), problem.groups[rows]
+        small = _Problem(
+            *part, "kernel", problem.gammas, lambdas, len(rows), 0, torch.float64, problem.weights[rows].double()
+        )
+        grid, gamma, lam, _ = _search(small, lambdas, items[rows], torch.arange(len(rows), device=rows.device))
+    best = None
+    for lower in sorted((value for value in lambdas if value <= lam), reverse=True):
+        solved = problem.solved(gamma, lower)
+        said = solved.leave_group_out(problem.groups)
+        value = retrieval_criterion(said[selection], problem.y[selection], items[selection])
+        grid = [*grid, {"gamma": gamma, "lam": lower, "criterion": value, "rows": len(said)}]
+        if best is not None and value <= best[0]:
+            break
+        best = value, lower, solved, said
+    _, lam, solved, said = best
+    fit = problem.fit(gamma, lam, solved)
+    fit.out_of_sample = said.to(problem.out_dtype)
+    if folds is not None:
+        fit.out_of_fold = solved.leave_group_out(folds.to(problem.x.device)).to(problem.out_dtype)
+    fit.grid = grid
+    return fit
+
+
+def default_landmarks(rows: int) -> int:
+    """Every row up to `MAX_LANDMARKS`; of more rows so many that the work, rows times landmarks squared, is the same, but at
+    least `MIN_LANDMARKS`: 9,400 of 50,000, 2,100 of a million."""
+    return (
+        min(rows, max(MIN_LANDMARKS, round((MAX_LANDMARKS**3 / rows) ** 0.5)))
+        if rows > MAX_LANDMARKS
+        else MAX_LANDMARKS
+    )
 
 
 def retrieval_criterion(predictions: Tensor, targets: Tensor, items: Tensor) -> float:
@@ -193,15 +257,38 @@ class _Problem:
         self.groups = torch.unique(groups.to(self.x.device), return_inverse=True)[1]
         self.weights = torch.ones_like(self.x[:, 0]) if weights is None else weights.to(self.x)
         self.generator = torch.Generator().manual_seed(seed)
-        self.landmarks = _choose_landmarks(self.x, max_landmarks, self.generator) if kind == "kernel" else None
+        max_landmarks = self.max_landmarks = max_landmarks or default_landmarks(len(sources))
+        self.landmarks = choose_landmarks(self.x, max_landmarks, self.generator) if kind == "kernel" else None
 
     def spectra(self) -> Iterator[tuple[float | None, "_Spectrum"]]:
         cosines = None if self.landmarks is None else F.normalize(self.x, dim=1) @ self.landmarks.T
         for gamma in self.gammas:
             yield gamma, _Spectrum(self.x, self.y, self.weights, self.landmarks, cosines, gamma)
 
-    def fit(self, gamma: float | None, lam: float, spectrum: "_Spectrum") -> ClosedFormFit:
-        weight, bias = spectrum.solution(lam)
+    @property
+    def is_large(self) -> bool:
+        """Whether there are more landmarks than an eigendecomposition should take."""
+        return self.landmarks is not None and len(self.landmarks) > EIGEN_LANDMARKS
+
+    def solved(self, gamma: float, lam: float) -> Dual | Nystroem:
+        """The problem at one gamma and lambda; exact where the limit of landmarks allows it."""
+        if len(self.x) > self.max_landmarks:
+            return Nystroem(F.normalize(self.x, dim=1), self.y, self.weights, self.landmarks, gamma, lam)
+        return Dual(self.cosines, self.y, self.weights, gamma, lam)
+
+    @cached_property
+    def cosines(self) -> Tensor:
+        """Of every row with every row, `(n, n)`."""
+        x = F.normalize(self.x, dim=1)
+        return x @ x.T
+
+    def fit(self, gamma: float | None, lam: float, solver: "_Spectrum | Dual | Nystroem") -> ClosedFormFit:
+        if isinstance(solver, Dual):  # rows with the same source share a landmark
+            place = (F.normalize(self.x, dim=1) @ self.landmarks.T).argmax(1)
+            weight = self.y.new_zeros(len(self.landmarks), self.y.shape[1]).index_add(0, place, solver.weight)
+            bias = solver.bias
+        else:
+            weight, bias = (solver.weight, solver.bias) if isinstance(solver, Nystroem) else solver.solution(lam)
         landmarks = None if self.landmarks is None else self.landmarks.to(self.out_dtype)
         return ClosedFormFit(self.kind, gamma, lam, landmarks, weight.to(self.out_dtype), bias.to(self.out_dtype))
 
@@ -238,7 +325,9 @@ class _Spectrum:
             self.energy = energy.clamp_min(0)
             self.rotated_targets = self.vectors.T @ self.centred_targets  # U^T P Y~: (k, d_target)
         else:
-            self.factor = _cholesky(torch.exp(gamma * (landmarks @ landmarks.T - 1))) if self.is_kernel else None
+            self.factor = (
+                cholesky_with_jitter(torch.exp(gamma * (landmarks @ landmarks.T - 1))) if self.is_kernel else None
+            )
             z = self._centre(self.root * self.features)
             if self.is_kernel:
                 z = torch.linalg.solve_triangular(self.factor, z.T, upper=False).T
@@ -270,7 +359,7 @@ class _Spectrum:
 
     def leave_group_out(self, groups: Tensor, rows: Tensor) -> Callable[[float], Tensor]:
         """`lambda -> (len(rows), d_target)` predictions without each row's own group. `rows` must hold whole groups."""
-        left, unit, root, buckets = self._left(rows), self.unit[rows], self.root[rows], _groups_by_size(groups[rows])
+        left, unit, root, buckets = self._left(rows), self.unit[rows], self.root[rows], groups_by_size(groups[rows])
 
         def predict(lam: float) -> Tensor:
             shrink = self.energy / (self.energy + lam)
@@ -299,29 +388,6 @@ def _features(sources: Tensor, landmarks: Tensor | None, gamma: float | None) ->
     return torch.exp(gamma * (F.normalize(sources, dim=1) @ landmarks.T - 1))
 
 
-def _cholesky(gram: Tensor) -> Tensor:
-    """Cholesky factor of a Gram matrix plus the smallest jitter that succeeds."""
-    jitter = 10 * torch.finfo(gram.dtype).eps * float(gram.diagonal().sum())
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for _ in range(8):
-        factor, info = torch.linalg.cholesky_ex(gram + jitter * identity)
-        if not info.any():
-            return factor
-        jitter *= 10
-    raise RuntimeError(f"the landmark Gram matrix stays singular with jitter {jitter:g}: are the sources finite?")
-
-
-def _choose_landmarks(sources: Tensor, max_landmarks: int, generator: torch.Generator) -> Tensor:
-    """Distinct unit sources, in row order, or a seeded random subset of them: `(L, d_source)`."""
-    _, inverse = torch.unique(sources, dim=0, return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(sources), device=sources.device)
-    first = first.scatter_reduce(0, inverse, torch.arange(len(sources), device=sources.device), "amin").sort().values
-    if len(first) > max_landmarks:
-        chosen = torch.randperm(len(first), generator=generator)[:max_landmarks].sort().values
-        first = first[chosen.to(first.device)]
-    return F.normalize(sources[first], dim=1)
-
-
 def selection_rows(groups: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Rows of whole groups, at most `limit` of them (but never fewer than two groups)."""
     if len(groups) <= limit:
@@ -330,17 +396,6 @@ def selection_rows(groups: Tensor, limit: int, generator: torch.Generator) -> Te
     order = torch.randperm(len(sizes), generator=generator).to(groups.device)
     count = max(2, int((sizes[order].cumsum(0) <= limit).sum()))
     return torch.isin(groups, order[:count]).nonzero()[:, 0]
-
-
-def _groups_by_size(groups: Tensor) -> list[Tensor]:
-    """Positions of the rows of each group, stacked for groups of equal size: a list of `(n_groups, size)`."""
-    order = torch.argsort(groups, stable=True)
-    sizes = torch.unique_consecutive(groups[order], return_counts=True)[1]
-    starts = sizes.cumsum(0) - sizes
-    return [
-        order[starts[sizes == size][:, None] + torch.arange(int(size), device=groups.device)]
-        for size in torch.unique(sizes)
-    ]
 
 
 def _check(sources, targets, groups, kind, gammas, lambdas, max_landmarks, weights) -> None:
@@ -361,7 +416,7 @@ def _check(sources, targets, groups, kind, gammas, lambdas, max_landmarks, weigh
         raise ValueError(f"lambdas must be positive and at least one, got {lambdas}")
     if kind == "kernel" and (not gammas or min(gammas) <= 0):
         raise ValueError(f"gammas must be positive and at least one, got {gammas}")
-    if max_landmarks < 1:
+    if max_landmarks is not None and max_landmarks < 1:
         raise ValueError(f"max_landmarks must be at least 1, got {max_landmarks}")
     if weights is not None and (weights.shape != (len(sources),) or not (weights > 0).all()):
         raise ValueError(f"weights must be ({len(sources)},) and all positive")

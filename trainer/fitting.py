@@ -32,7 +32,7 @@ def fit_frames(model, pairs: LatentPairs) -> None:
 def fit_bases(
     model,
     pairs: LatentPairs,
-    max_landmarks: int = 2048,
+    max_landmarks: int | None = None,
     seed: int = 0,
     progress: bool = True,
     held_out: dict | None = None,
@@ -44,7 +44,7 @@ def fit_bases(
     Args:
         model: an [`AltMoEModel`] whose frames are fitted and whose `config.base` is not `"none"`.
         pairs: training pairs.
-        max_landmarks: most landmarks of a kernel base.
+        max_landmarks: most landmarks of a kernel base; None: `closed_form.default_landmarks`.
         seed: for the choice of landmarks.
         progress: show a bar.
         held_out: filled with `{direction: (said, (rows,))}`: what the base says without a row's whole fold, in the form of
@@ -67,7 +67,14 @@ def fit_bases(
 
 
 def _fit_bases(
-    model, pairs: LatentPairs, max_landmarks: int, seed: int, progress: bool, held_out: dict, chosen: dict, recall: bool
+    model,
+    pairs: LatentPairs,
+    max_landmarks: int | None,
+    seed: int,
+    progress: bool,
+    held_out: dict,
+    chosen: dict,
+    recall: bool,
 ) -> dict:
     out_of_sample = {}
     connector, device = model.connector, model.device
@@ -123,7 +130,9 @@ def _recalled_without(parts: torch.Tensor, sources: torch.Tensor, targets: torch
     return weights @ targets.cpu()
 
 
-def choose_on_validation(pairs: LatentPairs, validation: LatentPairs, max_landmarks: int = 2048, seed: int = 0) -> dict:
+def choose_on_validation(
+    pairs: LatentPairs, validation: LatentPairs, max_landmarks: int | None = None, seed: int = 0
+) -> dict:
     """The kernel's sharpness and penalty as `trainer.baselines.KernelRidge` chooses them, for `fit_bases`.
 
     Leave-group-out on training rows judges one direction at a time and knows nothing of the score's other parts. With few

@@ -58,10 +58,11 @@ class Nystroem:
         self.root = weights.sqrt()[:, None]
         self.whiten = cholesky_with_jitter(torch.exp(gamma * (landmarks @ landmarks.T - 1)))
         m = len(landmarks)
-        self.mean, gram = targets.new_zeros(m), targets.new_zeros(m, m)
-        self.target_mean = self.share @ targets
+        gram, kernel_mean = targets.new_zeros(m, m), targets.new_zeros(m)
         for rows in torch.arange(len(sources), device=sources.device).split(CHUNK):
-            self.mean += self.share[rows] @ self._features(rows)
+            kernel_mean += self.share[rows] @ self._kernel(rows)
+        self.mean = torch.linalg.solve_triangular(self.whiten, kernel_mean[:, None], upper=False)[:, 0]
+        self.target_mean = self.share @ targets
         cross = targets.new_zeros(m, targets.shape[1])
         for rows in torch.arange(len(sources), device=sources.device).split(CHUNK):
             z = self.root[rows] * (self._features(rows) - self.mean)
@@ -73,10 +74,12 @@ class Nystroem:
         self.weight = torch.linalg.solve_triangular(self.whiten.T, self.coefficients, upper=True)
         self.bias = self.target_mean - self.mean @ self.coefficients
 
+    def _kernel(self, rows: Tensor) -> Tensor:
+        return torch.exp(self.gamma * (self.sources[rows] @ self.landmarks.T - 1))
+
     def _features(self, rows: Tensor) -> Tensor:
         """Kernel features `C^-1 k`, `(len(rows), m)`: their inner products are the kernel's."""
-        kernel = torch.exp(self.gamma * (self.sources[rows] @ self.landmarks.T - 1))
-        return torch.linalg.solve_triangular(self.whiten, kernel.T, upper=False).T
+        return torch.linalg.solve_triangular(self.whiten, self._kernel(rows).T, upper=False).T
 
     def leave_group_out(self, groups: Tensor) -> Tensor:
         """`(n, d)` predictions without each row's own group."""

@@ -19,8 +19,8 @@ also leaves the means, and the identity used for it,
     e_G = (I - H_GG)^{-1} (y_G - yhat_G),   H the hat matrix including the intercept,
 
 is exact for groups of any size (block form of PRESS: Cook and Weisberg 1982, section 3.6). One eigendecomposition per
-gamma serves every lambda: `_Spectrum` keeps H = 1 1^T / n + U diag(s^2 / (s^2 + lambda)) U^T. More landmarks than that
-can take (`EIGEN_LANDMARKS`) are solved by `trainer.kernel_solver`, one gamma and lambda at a time: gamma is chosen on a
+gamma serves every lambda: `Spectrum` keeps H = 1 1^T / n + U diag(s^2 / (s^2 + lambda)) U^T. More landmarks than that
+can take (`EIGEN_LANDMARKS`) are solved by `trainer.solvers`, one gamma and lambda at a time: gamma is chosen on a
 part of the rows, lambda on all of them.
 """
 
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernel_solver import Dual, Nystroem, cholesky_with_jitter, choose_landmarks, groups_by_size
+from trainer.solvers import Dual, Nystroem, Spectrum, choose_landmarks
 
 KERNEL_GAMMAS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 KERNEL_LAMBDAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -106,6 +106,7 @@ def fit_closed_form(
     weights: Tensor | None = None,
     items: Tensor | None = None,
     folds: Tensor | None = None,
+    told: Callable[[str], None] = lambda what: None,
 ) -> ClosedFormFit:
     """Fits sources to targets and chooses (gamma, lambda) by leave-group-out retrieval on the training rows.
 
@@ -126,6 +127,7 @@ def fit_closed_form(
         items: `(n,)` integer ids; rows of one item are each other's positives. Default: the groups.
         folds: `(n,)` integer ids of large parts of the rows, whole groups each. For what is judged by retrieval within
             a fold: there no candidate has been a training target of the prediction that searches for it.
+        told: called with what is tried next, for a progress bar.
 
     Raises:
         ValueError: shapes that do not fit together, fewer than two groups, an unknown kind, an empty or
@@ -136,8 +138,8 @@ def fit_closed_form(
     items = problem.groups if items is None else items.to(problem.x.device)
     selection = selection_rows(problem.groups, max_selection_rows, problem.generator)
     if problem.is_large:
-        return _fit_large(problem, lambdas, items, folds, selection)
-    grid, gamma, lam, spectrum = _search(problem, lambdas, items, selection)
+        return _fit_large(problem, lambdas, items, folds, selection, told)
+    grid, gamma, lam, spectrum = _search(problem, lambdas, items, selection, told)
     fit = problem.fit(gamma, lam, spectrum)
     every_row = torch.arange(len(sources), device=problem.x.device)
     fit.out_of_sample = spectrum.leave_group_out(problem.groups, every_row)(lam).to(sources.dtype)
@@ -173,10 +175,10 @@ def closed_form_path(
             yield problem.fit(gamma, lam, spectrum)
 
 
-def _search(problem: "_Problem", lambdas: Sequence[float], items: Tensor, selection: Tensor) -> tuple:
+def _search(problem: "_Problem", lambdas: Sequence[float], items: Tensor, selection: Tensor, told: Callable) -> tuple:
     """`(grid, gamma, lambda, spectrum)`: every pair by its leave-group-out criterion, and the first of the best."""
     grid, best = [], None
-    for gamma, spectrum in problem.spectra():
+    for gamma, spectrum in problem.spectra(told):
         held_out = spectrum.leave_group_out(problem.groups, selection)
         for lam in lambdas:
             value = retrieval_criterion(held_out(lam), problem.y[selection], items[selection])
@@ -186,7 +188,14 @@ def _search(problem: "_Problem", lambdas: Sequence[float], items: Tensor, select
     return grid, *best[1:]
 
 
-def _fit_large(problem: "_Problem", lambdas: Sequence[float], items: Tensor, folds: Tensor | None, selection: Tensor):
+def _fit_large(
+    problem: "_Problem",
+    lambdas: Sequence[float],
+    items: Tensor,
+    folds: Tensor | None,
+    selection: Tensor,
+    told: Callable[[str], None],
+) -> ClosedFormFit:
     """`fit_closed_form` where there are too many landmarks for an eigendecomposition.
 
     Gamma is the best on `SCREEN_ROWS` rows. The best lambda there is where the search on all rows starts; it goes down
@@ -199,9 +208,10 @@ def _fit_large(problem: "_Problem", lambdas: Sequence[float], items: Tensor, fol
         small = _Problem(
             *part, "kernel", problem.gammas, lambdas, len(rows), 0, torch.float64, problem.weights[rows].double()
         )
-        grid, gamma, lam, _ = _search(small, lambdas, items[rows], torch.arange(len(rows), device=rows.device))
+        grid, gamma, lam, _ = _search(small, lambdas, items[rows], torch.arange(len(rows), device=rows.device), told)
     best = None
     for lower in sorted((value for value in lambdas if value <= lam), reverse=True):
+        told(f"lambda {lower:g}")
         solved = problem.solved(gamma, lower)
         said = solved.leave_group_out(problem.groups)
         value = retrieval_criterion(said[selection], problem.y[selection], items[selection])
@@ -221,11 +231,9 @@ def _fit_large(problem: "_Problem", lambdas: Sequence[float], items: Tensor, fol
 def default_landmarks(rows: int) -> int:
     """Every row up to `MAX_LANDMARKS`; of more rows so many that the work, rows times landmarks squared, is the same, but at
     least `MIN_LANDMARKS`: 9,400 of 50,000, 2,100 of a million."""
-    return (
-        min(rows, max(MIN_LANDMARKS, round((MAX_LANDMARKS**3 / rows) ** 0.5)))
-        if rows > MAX_LANDMARKS
-        else MAX_LANDMARKS
-    )
+    if rows <= MAX_LANDMARKS:
+        return MAX_LANDMARKS
+    return max(MIN_LANDMARKS, round((MAX_LANDMARKS**3 / rows) ** 0.5))
 
 
 def retrieval_criterion(predictions: Tensor, targets: Tensor, items: Tensor) -> float:
@@ -260,10 +268,12 @@ class _Problem:
         max_landmarks = self.max_landmarks = max_landmarks or default_landmarks(len(sources))
         self.landmarks = choose_landmarks(self.x, max_landmarks, self.generator) if kind == "kernel" else None
 
-    def spectra(self) -> Iterator[tuple[float | None, "_Spectrum"]]:
+    def spectra(self, told: Callable[[str], None] = lambda what: None) -> Iterator[tuple[float | None, Spectrum]]:
         cosines = None if self.landmarks is None else F.normalize(self.x, dim=1) @ self.landmarks.T
         for gamma in self.gammas:
-            yield gamma, _Spectrum(self.x, self.y, self.weights, self.landmarks, cosines, gamma)
+            if gamma is not None:
+                told(f"gamma {gamma:g}")
+            yield gamma, Spectrum(self.x, self.y, self.weights, self.landmarks, cosines, gamma)
 
     @property
     def is_large(self) -> bool:
@@ -282,7 +292,7 @@ class _Problem:
         x = F.normalize(self.x, dim=1)
         return x @ x.T
 
-    def fit(self, gamma: float | None, lam: float, solver: "_Spectrum | Dual | Nystroem") -> ClosedFormFit:
+    def fit(self, gamma: float | None, lam: float, solver: "Spectrum | Dual | Nystroem") -> ClosedFormFit:
         if isinstance(solver, Dual):  # rows with the same source share a landmark
             place = (F.normalize(self.x, dim=1) @ self.landmarks.T).argmax(1)
             weight = self.y.new_zeros(len(self.landmarks), self.y.shape[1]).index_add(0, place, solver.weight)
@@ -291,94 +301,6 @@ class _Problem:
             weight, bias = (solver.weight, solver.bias) if isinstance(solver, Nystroem) else solver.solution(lam)
         landmarks = None if self.landmarks is None else self.landmarks.to(self.out_dtype)
         return ClosedFormFit(self.kind, gamma, lam, landmarks, weight.to(self.out_dtype), bias.to(self.out_dtype))
-
-
-class _Spectrum:
-    """Eigendecomposition of one weighted, centred problem; answers for any lambda.
-
-    Tilde quantities are rows scaled by sqrt(w); `unit` is the scaled column of ones, `P = I - unit unit^T` centres.
-    Dual (n <= p):  P D Phi R^{-1} Phi^T D P = U s^2 U^T           (kernel: Phi R^{-1} Phi^T = K; ridge: X X^T)
-    Primal (n > p): Z = P D Phi C^{-T}, R = C C^T, Z^T Z = V s^2 V^T, U = Z V / s
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor,
-        landmarks: Tensor | None,
-        cosines: Tensor | None,
-        gamma: float | None,
-    ):
-        self.root = weights.sqrt()[:, None]  # (n, 1)
-        self.unit = self.root / self.root.norm()
-        self.features = x if landmarks is None else torch.exp(gamma * (cosines - 1))  # (n, p)
-        self.targets = y
-        self.centred_targets = self._centre(self.root * y)
-        self.is_kernel = landmarks is not None
-        n, p = self.features.shape
-        self.is_dual = n <= p
-        if self.is_dual:
-            gram = self.features if self.is_kernel else self.features @ self.features.T
-            gram = self._centre(self._centre(self.root * gram * self.root.T).T)
-            energy, self.vectors = torch.linalg.eigh((gram + gram.T) / 2)
-            self.energy = energy.clamp_min(0)
-            self.rotated_targets = self.vectors.T @ self.centred_targets  # U^T P Y~: (k, d_target)
-        else:
-            self.factor = (
-                cholesky_with_jitter(torch.exp(gamma * (landmarks @ landmarks.T - 1))) if self.is_kernel else None
-            )
-            z = self._centre(self.root * self.features)
-            if self.is_kernel:
-                z = torch.linalg.solve_triangular(self.factor, z.T, upper=False).T
-            energy, vectors = torch.linalg.eigh(z.T @ z)
-            keep = energy > energy[-1] * torch.finfo(energy.dtype).eps * p
-            self.energy, self.vectors, self.whitened = energy[keep], vectors[:, keep], z
-            self.rotated_targets = (self.vectors.T @ (z.T @ self.centred_targets)) / self.energy.sqrt()[:, None]
-
-    def _centre(self, rows: Tensor) -> Tensor:
-        return rows - self.unit @ (self.unit.T @ rows)
-
-    def _left(self, rows: Tensor) -> Tensor:
-        """Rows of U: `(len(rows), k)`."""
-        if self.is_dual:
-            return self.vectors[rows]
-        return self.whitened[rows] @ (self.vectors / self.energy.sqrt())
-
-    def solution(self, lam: float) -> tuple[Tensor, Tensor]:
-        """`(weight (p, d_target), bias (d_target,))` at lambda."""
-        if self.is_dual:
-            dual = self.root * self._centre(self.vectors @ (self.rotated_targets / (self.energy + lam)[:, None]))
-            weight = dual if self.is_kernel else self.features.T @ dual
-        else:
-            weight = self.vectors @ (self.rotated_targets * (self.energy.sqrt() / (self.energy + lam))[:, None])
-            if self.is_kernel:
-                weight = torch.linalg.solve_triangular(self.factor.T, weight, upper=True)
-        share = (self.root**2 / (self.root**2).sum()).T  # (1, n)
-        return weight, (share @ self.targets - (share @ self.features) @ weight)[0]
-
-    def leave_group_out(self, groups: Tensor, rows: Tensor) -> Callable[[float], Tensor]:
-        """`lambda -> (len(rows), d_target)` predictions without each row's own group. `rows` must hold whole groups."""
-        left, unit, root, buckets = self._left(rows), self.unit[rows], self.root[rows], groups_by_size(groups[rows])
-
-        def predict(lam: float) -> Tensor:
-            shrink = self.energy / (self.energy + lam)
-            residual = self.centred_targets[rows] - left @ (shrink[:, None] * self.rotated_targets)
-            # an extra column makes the intercept part of the same low-rank hat matrix
-            basis = torch.cat([left * shrink.sqrt(), unit], dim=1)
-            error = torch.empty_like(residual)
-            for index in buckets:  # (groups of this size, size)
-                if index.shape[1] == 1:  # the usual case, without a batched solve
-                    alone = index[:, 0]
-                    error[alone] = residual[alone] / (1 - basis[alone].square().sum(dim=1, keepdim=True))
-                    continue
-                block = basis[index]
-                hat = block @ block.transpose(1, 2)
-                identity = torch.eye(index.shape[1], dtype=hat.dtype, device=hat.device)
-                error[index.flatten()] = torch.linalg.solve(identity - hat, residual[index]).flatten(0, 1)
-            return self.targets[rows] - error / root
-
-        return predict
 
 
 def _features(sources: Tensor, landmarks: Tensor | None, gamma: float | None) -> Tensor:

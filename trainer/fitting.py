@@ -82,7 +82,8 @@ def _fit_bases(
     concepts = int(pairs.group_of_key.max()) + 1
     folds = torch.randperm(concepts, generator=torch.Generator().manual_seed(seed)) % METRIC_FOLDS
     out_of_fold = {}
-    for direction in tqdm(pairs.directions, desc=f"fitting the {model.config.base} base", disable=not progress):
+    bar = tqdm(pairs.directions, desc=f"fitting the {model.config.base} base", disable=not progress)
+    for direction in bar:
         sources, target = model.config.resolve(direction)
         rows = pairs.rows[direction]
         batch = pairs.batch(direction, range(len(rows)))
@@ -106,6 +107,7 @@ def _fit_bases(
             seed=seed,
             items=items[batch["keys"]],
             folds=folds[groups],
+            told=lambda what, direction=direction: bar.set_postfix_str(f"{direction}, {what}"),
             **fixed,
         ).to("cpu")
         said, said_out_of_fold, partners = fit.out_of_sample, fit.out_of_fold, None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_closed_form import pairs, unit_rows
 
-from trainer import closed_form, kernel_solver
+from trainer import closed_form, solvers
 from trainer.baselines import TRIALS, KernelRidge
 from trainer.closed_form import closed_form_path, fit_closed_form
 from trainer.evaluation import RetrievalData
@@ -25,7 +25,7 @@ def large(monkeypatch):
     def switch():
         monkeypatch.setattr(closed_form, "EIGEN_LANDMARKS", 5)
         monkeypatch.setattr(closed_form, "SCREEN_ROWS", 40)
-        monkeypatch.setattr(kernel_solver, "CHUNK", 11)
+        monkeypatch.setattr(solvers, "CHUNK", 11)
 
     return switch
 
@@ -51,10 +51,12 @@ def test_the_penalty_goes_down_while_that_helps_on_all_rows(large):
     x, y, groups, _ = world()
     large()
     lambdas = (0.001, 0.01, 0.1, 1.0, 10.0)
-    fit = fit_closed_form(x, y, groups, gammas=(1.0, 4.0), lambdas=lambdas)
+    told = []
+    fit = fit_closed_form(x, y, groups, gammas=(1.0, 4.0), lambdas=lambdas, told=told.append)
     screened = [row for row in fit.grid if "rows" not in row]
     tried = [row for row in fit.grid if "rows" in row]
     assert len(screened) == 10 and {row["rows"] for row in tried} == {60}
+    assert told == ["gamma 1", "gamma 4", *(f"lambda {row['lam']:g}" for row in tried)]
     best = max(screened, key=lambda row: row["criterion"])
     assert fit.gamma == best["gamma"] and tried[0]["lam"] == best["lam"]
     criteria = [row["criterion"] for row in tried]

@@ -1,8 +1,8 @@
-"""Kernel ridge regression on many rows, for one sharpness and one penalty at a time, by Cholesky factors.
+"""The least-squares problem of `trainer.closed_form`, solved in three ways: weight, intercept, and a prediction for every row
+made without its group. In: unit sources, targets, row weights. Nothing is chosen here.
 
-What `trainer.closed_form` says of a few thousand rows by an eigendecomposition (one for all penalties, but fifteen times as
-slow and without a bound on its memory), said of tens of thousands: weight, intercept, and a prediction for every row made
-without its group. In: unit sources, targets, row weights. Nothing is chosen here.
+`Spectrum` decomposes a few thousand rows or landmarks once and then answers for every penalty. For more, `Dual` and
+`Nystroem` factorise (Cholesky) for one sharpness and one penalty at a time, which is many times faster.
 
 With all rows as landmarks (`Dual`, Saunders et al. 1998; the intercept as in least-squares SVMs, Suykens 2002),
 
@@ -13,13 +13,102 @@ fewer landmarks (`Nystroem`, Williams and Seeger 2001) the normal equations are 
 and e_G = (I - H_GG)^-1 (y_G - yhat_G). Rows are read in chunks, so memory grows with the landmarks only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK = 8192  # rows whose features are in memory at once
+
+
+class Spectrum:
+    """Eigendecomposition of one weighted, centred problem; answers for any lambda.
+
+    Tilde quantities are rows scaled by sqrt(w); `unit` is the scaled column of ones, `P = I - unit unit^T` centres.
+    Dual (n <= p):  P D Phi R^{-1} Phi^T D P = U s^2 U^T           (kernel: Phi R^{-1} Phi^T = K; ridge: X X^T)
+    Primal (n > p): Z = P D Phi C^{-T}, R = C C^T, Z^T Z = V s^2 V^T, U = Z V / s
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor,
+        landmarks: Tensor | None,
+        cosines: Tensor | None,
+        gamma: float | None,
+    ):
+        self.root = weights.sqrt()[:, None]  # (n, 1)
+        self.unit = self.root / self.root.norm()
+        self.features = x if landmarks is None else torch.exp(gamma * (cosines - 1))  # (n, p)
+        self.targets = y
+        self.centred_targets = self._centre(self.root * y)
+        self.is_kernel = landmarks is not None
+        n, p = self.features.shape
+        self.is_dual = n <= p
+        if self.is_dual:
+            gram = self.features if self.is_kernel else self.features @ self.features.T
+            gram = self._centre(self._centre(self.root * gram * self.root.T).T)
+            energy, self.vectors = torch.linalg.eigh((gram + gram.T) / 2)
+            self.energy = energy.clamp_min(0)
+            self.rotated_targets = self.vectors.T @ self.centred_targets  # U^T P Y~: (k, d_target)
+        else:
+            self.factor = (
+                cholesky_with_jitter(torch.exp(gamma * (landmarks @ landmarks.T - 1))) if self.is_kernel else None
+            )
+            z = self._centre(self.root * self.features)
+            if self.is_kernel:
+                z = torch.linalg.solve_triangular(self.factor, z.T, upper=False).T
+            energy, vectors = torch.linalg.eigh(z.T @ z)
+            keep = energy > energy[-1] * torch.finfo(energy.dtype).eps * p
+            self.energy, self.vectors, self.whitened = energy[keep], vectors[:, keep], z
+            self.rotated_targets = (self.vectors.T @ (z.T @ self.centred_targets)) / self.energy.sqrt()[:, None]
+
+    def _centre(self, rows: Tensor) -> Tensor:
+        return rows - self.unit @ (self.unit.T @ rows)
+
+    def _left(self, rows: Tensor) -> Tensor:
+        """Rows of U: `(len(rows), k)`."""
+        if self.is_dual:
+            return self.vectors[rows]
+        return self.whitened[rows] @ (self.vectors / self.energy.sqrt())
+
+    def solution(self, lam: float) -> tuple[Tensor, Tensor]:
+        """`(weight (p, d_target), bias (d_target,))` at lambda."""
+        if self.is_dual:
+            dual = self.root * self._centre(self.vectors @ (self.rotated_targets / (self.energy + lam)[:, None]))
+            weight = dual if self.is_kernel else self.features.T @ dual
+        else:
+            weight = self.vectors @ (self.rotated_targets * (self.energy.sqrt() / (self.energy + lam))[:, None])
+            if self.is_kernel:
+                weight = torch.linalg.solve_triangular(self.factor.T, weight, upper=True)
+        share = (self.root**2 / (self.root**2).sum()).T  # (1, n)
+        return weight, (share @ self.targets - (share @ self.features) @ weight)[0]
+
+    def leave_group_out(self, groups: Tensor, rows: Tensor) -> Callable[[float], Tensor]:
+        """`lambda -> (len(rows), d_target)` predictions without each row's own group. `rows` must hold whole groups."""
+        left, unit, root, buckets = self._left(rows), self.unit[rows], self.root[rows], groups_by_size(groups[rows])
+
+        def predict(lam: float) -> Tensor:
+            shrink = self.energy / (self.energy + lam)
+            residual = self.centred_targets[rows] - left @ (shrink[:, None] * self.rotated_targets)
+            # an extra column makes the intercept part of the same low-rank hat matrix
+            basis = torch.cat([left * shrink.sqrt(), unit], dim=1)
+            error = torch.empty_like(residual)
+            for index in buckets:  # (groups of this size, size)
+                if index.shape[1] == 1:  # the usual case, without a batched solve
+                    alone = index[:, 0]
+                    error[alone] = residual[alone] / (1 - basis[alone].square().sum(dim=1, keepdim=True))
+                    continue
+                block = basis[index]
+                hat = block @ block.transpose(1, 2)
+                identity = torch.eye(index.shape[1], dtype=hat.dtype, device=hat.device)
+                error[index.flatten()] = torch.linalg.solve(identity - hat, residual[index]).flatten(0, 1)
+            return self.targets[rows] - error / root
+
+        return predict
 
 
 class Dual:
@@ -35,14 +124,20 @@ class Dual:
         self.bias = solved[:, :-1].sum(0) / self.ones.sum()
         self.weight = solved[:, :-1] - self.ones[:, None] * self.bias
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """A^-1; its factor is no longer needed then."""
+        inverse = torch.cholesky_inverse(self.factor)
+        del self.factor
+        return inverse
+
     def leave_group_out(self, groups: Tensor) -> Tensor:
         """`(n, d)` predictions without each row's own group."""
-        inverse = torch.cholesky_inverse(self.factor)
         predictions = torch.empty_like(self.targets)
         for index in groups_by_size(groups):
             for part in index.split(max(1, CHUNK // index.shape[1])):
                 own = self.ones[part]
-                block = inverse[part[:, :, None], part[:, None, :]]
+                block = self.inverse[part[:, :, None], part[:, None, :]]
                 block = block - own[:, :, None] * own[:, None, :] / self.ones.sum()
                 error = torch.linalg.solve(block, self.weight[part])
                 predictions[part.flatten()] = self.targets[part.flatten()] - error.flatten(0, 1)

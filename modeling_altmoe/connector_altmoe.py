@@ -24,6 +24,7 @@ from .scoring_altmoe import PRINT_SIZE
 CONTRASTIVE, REGRESSION = 0, 1
 TERMS = ("contrastive", "regression")  # in that order
 BASE_ROWS = 8192  # sources whose features are in memory at once: there may be many thousand landmarks
+HALF_FROM = 4096  # landmarks from which a base is kept in half precision: half the file, and nothing else changes
 RECALL_POWER = 3  # how much nearer training items count more in what is recalled
 
 
@@ -83,6 +84,7 @@ class ClosedFormBase(nn.Module):
     Ridge: features are the source itself, `(b, d_source)`. Kernel: `exp(gamma (cos(u, landmark) - 1))`, `(b, n)`,
     which on unit vectors is the Gaussian kernel (with all training items as landmarks: exact kernel ridge
     regression; with a subset: Nystroem). Both: `features @ weight + bias`. Fitted by the trainer, never by gradient.
+    From `HALF_FROM` landmarks on, these and their weights are numbers of half precision, and saved as such.
 
     With `has_metric`, `seen` multiplies a prediction by a symmetric matrix `(d_target, d_target)`, so that its inner
     product with a target is the one of partly whitened targets, while the targets themselves stay as they are stored.
@@ -279,6 +281,8 @@ class AltMoEConnector(nn.Module):
         self.config.base_recalls = others if partners is None else sorted([*others, direction])
         device = self.router.weight.device
         base = self._add_base(direction, len(weight)).to(device)
+        if base.kind == "kernel" and len(weight) >= HALF_FROM and weight.abs().max() < torch.finfo(torch.half).max:
+            weight, landmarks = weight.half(), landmarks.half()
         base.weight.copy_(weight)
         base.bias.copy_(bias)
         if base.kind == "kernel":
@@ -289,6 +293,17 @@ class AltMoEConnector(nn.Module):
         if partners is not None:
             base.partners.copy_(partners)
         self.config.base_features[direction] = len(weight)
+
+    @staticmethod
+    def as_saved(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A model's state with what is kept in half precision as half precision; nothing is lost."""
+        large = [name.removesuffix("landmarks") for name, x in state.items() if name.endswith(".landmarks")]
+        large = [base for base in large if len(state[f"{base}landmarks"]) >= HALF_FROM]
+        halves = {name: state[name].half() for base in large for name in (f"{base}landmarks", f"{base}weight")}
+        return {
+            **state,
+            **{name: half for name, half in halves.items() if torch.equal(half.float(), state[name].float())},
+        }
 
     def source(self, latents: dict[str, torch.Tensor], direction: str) -> torch.Tensor:
         """Centred unit latents of a direction's sources, side by side, of total length one: `(b, sum of d_source)`."""

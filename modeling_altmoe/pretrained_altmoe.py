@@ -92,6 +92,7 @@ class AltMoEPreTrainedModel(PreTrainedModel):
         self._describe_code()
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("encoders.")}
+        state_dict = self.connector.as_saved(state_dict)
         self.config.encoders = entries
         hub = {k: kwargs.pop(k) for k in ("repo_id", "commit_message", "revision", "create_pr") if k in kwargs}
         private = kwargs.pop("private", None)

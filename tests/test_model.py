@@ -190,6 +190,24 @@ def test_round_trip_keeps_every_output(joined, inputs, tmp_path):
     assert not any(name.startswith("encoders.") for name in load_file(tmp_path / "model" / "model.safetensors"))
 
 
+@torch.no_grad()
+def test_a_base_of_many_landmarks_is_half_as_large_and_says_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr("modeling_altmoe.connector_altmoe.HALF_FROM", 7)
+    model, latents = small_model(base="kernel"), paired_latents(10)
+    for direction, (width, size, factor) in {"image->text": (24, 16, 1.0), "text->image": (16, 24, 1e6)}.items():
+        landmarks = F.normalize(torch.randn(7, width), dim=-1)
+        model.connector.set_base(direction, factor * torch.randn(7, size), torch.zeros(size), landmarks, gamma=2.0)
+    model.save_pretrained(tmp_path)
+    found = {name: tensor.dtype for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    for name in ("landmarks", "weight"):
+        assert found[f"connector.base.image->text.{name}"] == torch.float16
+        assert found[f"connector.base.text->image.{name}"] == torch.float32  # too large a number for half precision
+    loaded = AltMoEModel.from_pretrained(tmp_path)
+    assert {buffer.dtype for buffer in loaded.connector.base.buffers()} == {torch.float32}
+    for direction in model.directions:
+        assert torch.equal(loaded.predict(latents, direction), model.predict(latents, direction))
+
+
 @pytest.mark.parametrize("expert_pool", ["shared", "per_modality"])
 @torch.no_grad()
 def test_round_trip_keeps_modalities_in_any_order(expert_pool, tmp_path):

@@ -67,6 +67,29 @@ def test_the_penalty_goes_down_while_that_helps_on_all_rows(large):
     torch.testing.assert_close(fit.weight, alone.weight)
 
 
+def test_a_penalty_that_is_too_small_is_left_out(large, monkeypatch):
+    x, y, groups, _ = world()
+    large()
+    lambdas = (0.001, 0.01, 0.1, 1.0, 10.0)
+
+    def singular_below(limit):
+        class Picky(solvers.Dual):
+            def __init__(self, cosines, targets, weights, gamma, lam):
+                if lam < limit:
+                    raise torch.linalg.LinAlgError("not positive-definite")
+                super().__init__(cosines, targets, weights, gamma, lam)
+
+        monkeypatch.setattr(closed_form, "Dual", Picky)
+        return fit_closed_form(x, y, groups, gammas=(1.0,), lambdas=lambdas)
+
+    free = fit_closed_form(x, y, groups, gammas=(1.0,), lambdas=lambdas)
+    start = next(row["lam"] for row in free.grid if "rows" in row)
+    assert singular_below(start).lam == start  # nothing lower works
+    assert singular_below(2 * start).lam == min(lam for lam in lambdas if lam > start)
+    with pytest.raises(ValueError, match="large enough"):
+        singular_below(100.0)
+
+
 def test_the_path_holds_the_fit_of_every_grid_point(large):
     x, y, _, _ = world()
     expected = list(closed_form_path(x, y, gammas=(1.0, 4.0), lambdas=(0.1, 1.0)))

@@ -131,7 +131,8 @@ def fit_closed_form(
 
     Raises:
         ValueError: shapes that do not fit together, fewer than two groups, an unknown kind, an empty or
-            non-positive grid, non-finite values, weights that are not positive.
+            non-positive grid, non-finite values, weights that are not positive; penalties that are all too small for
+            many rows in `dtype`.
     """
     lambdas = tuple(lambdas if lambdas is not None else (KERNEL_LAMBDAS if kind == "kernel" else RIDGE_LAMBDAS))
     problem = _Problem(sources, targets, groups, kind, gammas, lambdas, max_landmarks, seed, dtype, weights)
@@ -199,7 +200,7 @@ def _fit_large(
     """`fit_closed_form` where there are too many landmarks for an eigendecomposition.
 
     Gamma is the best on `SCREEN_ROWS` rows. The best lambda there is where the search on all rows starts; it goes down
-    while that helps, since more rows need less of a penalty.
+    while that helps, since more rows need less of a penalty, and up where the problem is singular with it.
     """
     gamma, lam, grid = problem.gammas[0], lambdas[0], []
     if len(problem.gammas) * len(lambdas) > 1:
@@ -209,16 +210,23 @@ def _fit_large(
             *part, "kernel", problem.gammas, lambdas, len(rows), 0, torch.float64, problem.weights[rows].double()
         )
         grid, gamma, lam, _ = _search(small, lambdas, items[rows], torch.arange(len(rows), device=rows.device), told)
-    best = None
-    for lower in sorted((value for value in lambdas if value <= lam), reverse=True):
-        told(f"lambda {lower:g}")
-        solved = problem.solved(gamma, lower)
+    best, larger = None, sorted(value for value in lambdas if value > lam)
+    for tried in [*sorted((value for value in lambdas if value <= lam), reverse=True), *larger]:
+        if tried > lam and best is not None:
+            break
+        told(f"lambda {tried:g}")
+        try:
+            solved = problem.solved(gamma, tried)
+        except torch.linalg.LinAlgError:  # so small a penalty leaves it singular in this precision
+            continue
         said = solved.leave_group_out(problem.groups)
         value = retrieval_criterion(said[selection], problem.y[selection], items[selection])
-        grid = [*grid, {"gamma": gamma, "lam": lower, "criterion": value, "rows": len(said)}]
+        grid = [*grid, {"gamma": gamma, "lam": tried, "criterion": value, "rows": len(said)}]
         if best is not None and value <= best[0]:
             break
-        best = value, lower, solved, said
+        best = value, tried, solved, said
+    if best is None:
+        raise ValueError(f"no penalty in {lambdas} is large enough for gamma={gamma:g} on {len(problem.x)} rows")
     _, lam, solved, said = best
     fit = problem.fit(gamma, lam, solved)
     fit.out_of_sample = said.to(problem.out_dtype)

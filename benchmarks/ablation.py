@@ -75,7 +75,7 @@ PARTS = {
 }
 QUICK = (CONNECTOR, "one dense expert of equal active size", "joint, equal updates (steps / T)")
 SCHEDULES = tuple(name for name, (reference, changes) in PARTS.items() if name in (CONNECTOR, SMALL, NARROW) or (
-    reference in (CONNECTOR, SMALL, NARROW) and changes.get("schedule") == "joint"))  # fmt: skip
+    reference in (CONNECTOR, SMALL, NARROW) and (changes.get("schedule") == "joint" or "rate" in changes)))  # fmt: skip
 
 
 def settings_of(name: str, directions: int = 2, updates: int = 150) -> dict:

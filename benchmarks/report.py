@@ -64,7 +64,7 @@ def main_table(found: dict[str, dict], methods: list[str]) -> str:
         for data, pair in places:
             values = recall(figures(found[data], "all", pair, method))
             difference = lead(found[data], "all", pair, method)
-            count = f" ({len(values)} splits)" if len(values) else ""
+            count = f" ({len(values)} split{'s' if len(values) > 1 else ''})" if len(values) else ""
             cells += [_text(values) + count, "" if method == "altmoe" else _text(difference, "+")]
             order += [difference.mean()] if len(difference) else []
         if any(cell not in ("", "-") for cell in cells):

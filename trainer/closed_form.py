@@ -141,7 +141,7 @@ def fit_closed_form(
     if problem.is_large:
         return _fit_large(problem, lambdas, items, folds, selection, told)
     grid, gamma, lam, spectrum = _search(problem, lambdas, items, selection, told)
-    fit = problem.fit(gamma, lam, spectrum)
+    fit = problem.fit(gamma, lam, *spectrum.solution(lam))
     every_row = torch.arange(len(sources), device=problem.x.device)
     fit.out_of_sample = spectrum.leave_group_out(problem.groups, every_row)(lam).to(sources.dtype)
     if folds is not None:
@@ -169,11 +169,12 @@ def closed_form_path(
     problem = _Problem(sources, targets, rows, kind, gammas, tuple(lambdas), max_landmarks, seed, dtype, None)
     if problem.is_large:
         for gamma, lam in itertools.product(gammas, lambdas):
-            yield problem.fit(gamma, lam, problem.solved(gamma, lam))
+            solved = problem.solved(gamma, lam)
+            yield problem.fit(gamma, lam, solved.weight, solved.bias)
         return
     for gamma, spectrum in problem.spectra():
         for lam in lambdas:
-            yield problem.fit(gamma, lam, spectrum)
+            yield problem.fit(gamma, lam, *spectrum.solution(lam))
 
 
 def _search(problem: "_Problem", lambdas: Sequence[float], items: Tensor, selection: Tensor, told: Callable) -> tuple:
@@ -228,7 +229,7 @@ def _fit_large(
     if best is None:
         raise ValueError(f"no penalty in {lambdas} is large enough for gamma={gamma:g} on {len(problem.x)} rows")
     _, lam, solved, said = best
-    fit = problem.fit(gamma, lam, solved)
+    fit = problem.fit(gamma, lam, solved.weight, solved.bias)
     fit.out_of_sample = said.to(problem.out_dtype)
     if folds is not None:
         fit.out_of_fold = solved.leave_group_out(folds.to(problem.x.device)).to(problem.out_dtype)
@@ -300,13 +301,16 @@ class _Problem:
         x = F.normalize(self.x, dim=1)
         return x @ x.T
 
-    def fit(self, gamma: float | None, lam: float, solver: "Spectrum | Dual | Nystroem") -> ClosedFormFit:
-        if isinstance(solver, Dual):  # rows with the same source share a landmark
-            place = (F.normalize(self.x, dim=1) @ self.landmarks.T).argmax(1)
-            weight = self.y.new_zeros(len(self.landmarks), self.y.shape[1]).index_add(0, place, solver.weight)
-            bias = solver.bias
-        else:
-            weight, bias = (solver.weight, solver.bias) if isinstance(solver, Nystroem) else solver.solution(lam)
+    @cached_property
+    def places(self) -> Tensor:
+        """The landmark of every row, where all that differ are landmarks: `(n,)`."""
+        return (F.normalize(self.x, dim=1) @ self.landmarks.T).argmax(1)
+
+    def fit(self, gamma: float | None, lam: float, weight: Tensor, bias: Tensor) -> ClosedFormFit:
+        if self.landmarks is not None and len(weight) > len(
+            self.landmarks
+        ):  # rows with the same source share a landmark
+            weight = weight.new_zeros(len(self.landmarks), weight.shape[1]).index_add(0, self.places, weight)
         landmarks = None if self.landmarks is None else self.landmarks.to(self.out_dtype)
         return ClosedFormFit(self.kind, gamma, lam, landmarks, weight.to(self.out_dtype), bias.to(self.out_dtype))
 

@@ -98,14 +98,7 @@ class Spectrum:
             basis = torch.cat([left * shrink.sqrt(), unit], dim=1)
             error = torch.empty_like(residual)
             for index in buckets:  # (groups of this size, size)
-                if index.shape[1] == 1:  # the usual case, without a batched solve
-                    alone = index[:, 0]
-                    error[alone] = residual[alone] / (1 - basis[alone].square().sum(dim=1, keepdim=True))
-                    continue
-                block = basis[index]
-                hat = block @ block.transpose(1, 2)
-                identity = torch.eye(index.shape[1], dtype=hat.dtype, device=hat.device)
-                error[index.flatten()] = torch.linalg.solve(identity - hat, residual[index]).flatten(0, 1)
+                error[index.flatten()] = _solve_without(basis[index], residual[index]).flatten(0, 1)
             return self.targets[rows] - error / root
 
         return predict
@@ -154,12 +147,13 @@ class Nystroem:
         self.whiten = cholesky_with_jitter(torch.exp(gamma * (landmarks @ landmarks.T - 1)))
         m = len(landmarks)
         gram, kernel_mean = targets.new_zeros(m, m), targets.new_zeros(m)
-        for rows in torch.arange(len(sources), device=sources.device).split(CHUNK):
+        chunks = torch.arange(len(sources), device=sources.device).split(CHUNK)
+        for rows in chunks:
             kernel_mean += self.share[rows] @ self._kernel(rows)
         self.mean = torch.linalg.solve_triangular(self.whiten, kernel_mean[:, None], upper=False)[:, 0]
         self.target_mean = self.share @ targets
         cross = targets.new_zeros(m, targets.shape[1])
-        for rows in torch.arange(len(sources), device=sources.device).split(CHUNK):
+        for rows in chunks:
             z = self.root[rows] * (self._features(rows) - self.mean)
             gram += z.T @ z
             cross += z.T @ (self.root[rows] * (targets[rows] - self.target_mean))
@@ -198,6 +192,8 @@ class Nystroem:
 def _solve_without(basis: Tensor, residual: Tensor) -> Tensor:
     """`(I - B B^T)^-1 r` for a batch, by the smaller of the two sides (Woodbury)."""
     size, width = basis.shape[1:]
+    if size == 1:  # the usual case, without a batched solve
+        return residual / (1 - basis.square().sum(dim=2, keepdim=True))
     if size <= width:
         hat = basis @ basis.transpose(1, 2)
         return torch.linalg.solve(torch.eye(size, dtype=hat.dtype, device=hat.device) - hat, residual)
